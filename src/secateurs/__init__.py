@@ -1,0 +1,48 @@
+"""secateurs: prune everything a neural network is made of and fed with."""
+
+from secateurs.api import finetune, prune, train_with
+from secateurs.errors import DivergedError, InputError, SecateursError
+from secateurs.method import Method, Procedure, Pruner, TrainingPruner
+from secateurs.outcome import Outcome, load, save
+from secateurs.parts.budgets import Budget
+from secateurs.parts.masks import Masks
+from secateurs.registry import Paper, Tags, create, methods, register
+from secateurs.settings import TrainSettings, option
+from secateurs.task import Metric, Task, classification, language_modelling
+from secateurs.training.keeping import MaskKeeper
+from secateurs.training.loop import fit
+from secateurs.workspace import Workspace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "DivergedError",
+    "InputError",
+    "MaskKeeper",
+    "Masks",
+    "Method",
+    "Metric",
+    "Outcome",
+    "Paper",
+    "Procedure",
+    "Pruner",
+    "SecateursError",
+    "Tags",
+    "Task",
+    "TrainSettings",
+    "TrainingPruner",
+    "Workspace",
+    "classification",
+    "create",
+    "finetune",
+    "fit",
+    "language_modelling",
+    "load",
+    "methods",
+    "option",
+    "prune",
+    "register",
+    "save",
+    "train_with",
+]

@@ -1,0 +1,1 @@
+"""Measurements: stability, connectivity, plasticity, the PQ index."""

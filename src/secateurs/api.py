@@ -1,0 +1,230 @@
+"""Three lines: a task, `prune`, `save`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from secateurs.errors import InputError, require
+from secateurs.method import Method, Procedure, Pruner, TrainingPruner, masked_outcome
+from secateurs.outcome import Outcome, Promise
+from secateurs.parts.budgets import Budget
+from secateurs.parts.costs import measure_cost
+from secateurs.parts.masks import Masks
+from secateurs.parts.prunable import fixed_parameters
+from secateurs.registry import create, options_as_dict
+from secateurs.settings import TrainSettings
+from secateurs.task import Task
+from secateurs.training.keeping import MaskKeeper
+from secateurs.training.loop import fit_once
+from secateurs.workspace import Workspace
+
+
+def prune(
+    model: nn.Module,
+    method: str | Method,
+    budget: str | Budget,
+    task: Task | None = None,
+    *,
+    seed: int = 0,
+    recover: bool = True,
+    inplace: bool = False,
+    with_latency: bool = False,
+    work: Workspace | None = None,
+    **options: Any,
+) -> Outcome:
+    """Prune a model by a published method, let it recover, and measure what was won and lost.
+
+    Args:
+        model: the weights to start from. One-shot methods prune them; training pruners train
+            on from them by ``task.training``; procedures take them as the initial weights.
+        method: a name of `secateurs.methods`, or a method object.
+        budget: what to come down to, such as ``sparsity=0.9``.
+        task: data, loss and metrics. Without one, only one-shot methods that need no data run,
+            and nothing recovers or is scored.
+        seed: of everything random.
+        recover: after one-shot methods, train with the masks kept: by ``task.finetuning``, or
+            by ``task.training`` for methods that prune before training.
+        inplace: work on `model` itself; by default on a copy. On an error the copy is dropped,
+            or the model gets its weights back.
+        with_latency: time a forward pass before and after.
+        work: where finished steps are kept (see `secateurs.Workspace`).
+        options: hyper-parameters of the method, when it is given by name.
+
+    Returns:
+        The outcome; its model is in eval mode.
+
+    Raises:
+        InputError: unknown method or option, a budget the method cannot honour, a model with
+            nothing to prune, missing data.
+    """
+    chosen = create(method, options) if isinstance(method, str) else method
+    require(not (options and not isinstance(method, str)), "options", options, "a method's name")
+    parsed = chosen.accept(budget)
+    work = work or Workspace()
+    _check_needs(chosen, task)
+    before = _weights(model) if inplace else None
+    net = model if inplace else copy.deepcopy(model)
+    try:
+        outcome = _run(chosen, net, parsed, task, seed, recover, work)
+    except BaseException:
+        if before is not None:
+            model.load_state_dict(before)
+        raise
+    outcome.method, outcome.options = chosen.name, options_as_dict(chosen)
+    outcome.budget, outcome.seed = str(parsed), seed
+    outcome.model.eval()
+    _measure(outcome, model if not inplace else None, before, task, with_latency)
+    outcome.promise = outcome.promise or promise_of(outcome, parsed)
+    if not outcome.promise.kept:
+        outcome.notes.append(f"budget {outcome.promise}")
+    return outcome
+
+
+def _run(
+    method: Method,
+    model: nn.Module,
+    budget: Budget,
+    task: Task | None,
+    seed: int,
+    recover: bool,
+    work: Workspace,
+) -> Outcome:
+    match method:
+        case Pruner():
+            outcome = method.prune(model, budget, task, seed=seed, work=work)
+            if recover and task is not None and task.train is not None:
+                before_training = "PBT" in method.tags.values("when")
+                settings = task.training if before_training else task.finetuning
+                finetune(outcome, task, settings, seed=seed, work=work)
+            return outcome
+        case TrainingPruner():
+            assert task is not None
+            return train_with(method, model, budget, task, seed=seed, work=work)
+        case Procedure():
+            assert task is not None
+            return method.run(model, task, budget, seed=seed, work=work)
+    raise InputError("method", method.name, "a Pruner, a TrainingPruner or a Procedure")
+
+
+def finetune(
+    outcome: Outcome,
+    task: Task,
+    settings: TrainSettings,
+    *,
+    seed: int = 0,
+    work: Workspace | None = None,
+    name: str = "finetune",
+) -> None:
+    """Train the outcome's model with its masks kept, in place."""
+    fit_once(
+        outcome.model,
+        task,
+        settings,
+        seed=seed,
+        work=work,
+        name=name,
+        attach=lambda net, optimizer, _: [MaskKeeper(net, optimizer, outcome.masks)],
+    )
+
+
+def train_with(
+    method: TrainingPruner,
+    model: nn.Module,
+    budget: Budget,
+    task: Task,
+    *,
+    seed: int = 0,
+    work: Workspace | None = None,
+    name: str = "train",
+) -> Outcome:
+    """Train `model` in place by ``task.training`` with a training pruner attached."""
+    trained = fit_once(
+        model,
+        task,
+        task.training,
+        seed=seed,
+        work=work,
+        name=name,
+        attach=lambda net, optimizer, total: [
+            method.attach(net, optimizer, budget, total, seed=seed)
+        ],
+    )
+    state = trained.hooks[0]
+    masks = Masks.unpack(state["masks"], state["shapes"])
+    return masked_outcome(model, masks.to(next(model.parameters()).device))
+
+
+def promise_of(outcome: Outcome, budget: Budget) -> Promise:
+    """The budget as asked and as reached, in its own terms; the tolerance is one unit."""
+    masks, unit = outcome.masks, outcome.unit
+    if budget.kind in ("sparsity", "density", "n:m") and masks.total:
+        density = masks.density
+        if budget.kind == "sparsity":
+            return Promise("sparsity", budget.value, 1 - density, unit / masks.total)
+        return Promise(budget.kind, budget.value, density, unit / masks.total)
+    total = sum(p.numel() for p in outcome.model.parameters())
+    fixed = fixed_parameters(outcome.model, _masked(outcome))
+    nonzero = fixed + masks.kept
+    dense = outcome.before.parameters if outcome.before is not None else total
+    if budget.kind in ("sparsity", "density"):
+        reached = nonzero / dense
+        reached = 1 - reached if budget.kind == "sparsity" else reached
+        return Promise(budget.kind, budget.value, reached, unit / dense)
+    scale = dense if budget.relative else 1
+    return Promise(budget.kind, budget.value * scale, nonzero, unit)
+
+
+def _masked(outcome: Outcome) -> dict[str, nn.Parameter]:
+    params = dict(outcome.model.named_parameters(remove_duplicate=False))
+    return {name: params[name] for name in outcome.masks}
+
+
+def _check_needs(method: Method, task: Task | None) -> None:
+    if task is None and method.needs != ("nothing",):
+        raise InputError("task", None, f"a Task: {method.name} needs {', '.join(method.needs)}")
+    if task is None:
+        return
+    if "training" in method.needs and task.train is None:
+        raise InputError("task.train", None, f"a loader: {method.name} trains")
+    if "fresh-model" in method.needs and isinstance(task.model, nn.Module):
+        raise InputError("task.model", "a module", f"a function: {method.name} makes fresh models")
+    if "resize" in method.needs and task.resize is None:
+        raise InputError("task.resize", None, f"a function of the width: {method.name} needs it")
+
+
+def _weights(model: nn.Module) -> dict[str, Any]:
+    return copy.deepcopy(model.state_dict())
+
+
+def _measure(
+    outcome: Outcome,
+    dense: nn.Module | None,
+    dense_weights: dict[str, Any] | None,
+    task: Task | None,
+    with_latency: bool,
+) -> None:
+    """Costs and metrics, before and after."""
+    if task is None:
+        return
+    inputs = task.example_inputs
+    if dense is None:
+        dense = copy.deepcopy(outcome.model)
+        assert dense_weights is not None
+        dense.load_state_dict(dense_weights)
+    device = next(outcome.model.parameters()).device
+    home = next(dense.parameters()).device
+    dense.to(device)
+    if outcome.before is None:
+        outcome.before = measure_cost(dense, inputs, with_latency=with_latency)
+    if not outcome.metrics_before:
+        outcome.metrics_before = task.measure(dense)
+    dense.to(home)
+    if outcome.after is None:
+        outcome.after = measure_cost(
+            outcome.model, inputs, outcome.masks, with_latency=with_latency
+        )
+    if not outcome.metrics_after:
+        outcome.metrics_after = task.measure(outcome.model)

@@ -1,0 +1,168 @@
+"""The kinds of methods: what the user holds, and what the method then does.
+
+| kind | it is given | it does |
+| --- | --- | --- |
+| `Pruner` | a model, a budget, maybe batches | one shot |
+| `TrainingPruner` | a model and its optimizer, a budget | hangs on any training loop |
+| `Procedure` | a task, a budget | drives whole trainings |
+
+A method is a frozen dataclass: hyper-parameters in, nothing stored. Running state lives in
+the object the user holds (an `Attachment`, an `Outcome`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+
+from secateurs.errors import InputError
+from secateurs.outcome import Outcome
+from secateurs.parts.budgets import Budget
+from secateurs.parts.masks import Masks
+from secateurs.parts.prunable import fixed_parameters, prunable_parameters
+from secateurs.registry import Paper, Tags
+from secateurs.task import Task
+from secateurs.workspace import Workspace
+
+if TYPE_CHECKING:
+    from secateurs.training.attachment import Attachment
+
+
+class Method(ABC):
+    """What all kinds share; `secateurs.registry.register` fills the class attributes in."""
+
+    name: ClassVar[str]
+    paper: ClassVar[Paper | None]
+    tags: ClassVar[Tags]
+    budgets: ClassVar[tuple[str, ...]]
+    needs: ClassVar[tuple[str, ...]] = ("nothing",)
+
+    def accept(self, budget: str | Budget) -> Budget:
+        """Parse a budget.
+
+        Raises:
+            InputError: malformed, or of a kind that this method cannot honour.
+        """
+        parsed = Budget.parse(budget)
+        if parsed.kind not in self.budgets:
+            kinds = ", ".join("N:M" if k == "n:m" else f"{k}=" for k in self.budgets)
+            raise InputError("budget", str(parsed), f"for {self.name}: {kinds}")
+        return parsed
+
+    def prunable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights this method may prune; its `exclude` patterns are left out."""
+        return prunable_parameters(model, exclude=tuple(getattr(self, "exclude", ())))
+
+
+class Pruner(Method):
+    """One shot: a model and a budget in, masks or a smaller model out."""
+
+    @abstractmethod
+    def prune(
+        self,
+        model: nn.Module,
+        budget: Budget,
+        task: Task | None = None,
+        *,
+        seed: int = 0,
+        work: Workspace | None = None,
+    ) -> Outcome:
+        """Prune `model` in place.
+
+        Args:
+            task: source of batches and loss, for methods that need them.
+            seed: of whatever is random.
+        """
+
+
+class TrainingPruner(Method):
+    """Prunes while somebody trains: it hangs on the optimizer's step hooks, nothing else.
+
+    ``attachment = method.attach(model, optimizer, budget, total_steps)`` before the loop,
+    ``outcome = attachment.finalize()`` after it.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("training",)
+    gradients: ClassVar[str] = "masked"
+    """``masked``: removed weights get no gradient; ``dense``: the optimizer sees them all."""
+
+    optimizer_state: ClassVar[str] = "kept"
+    """``zeroed``: momenta of removed weights are set to zero after every step."""
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        budget: str | Budget,
+        total_steps: int,
+        *,
+        seed: int = 0,
+    ) -> Attachment:
+        """Hang on a model and its optimizer.
+
+        Args:
+            model: the bare module (not the data-parallel wrapper).
+            optimizer: any torch optimizer over the model's parameters.
+            total_steps: updates that the loop will make.
+            seed: of random masks; the same on every rank.
+        """
+        from secateurs.training.attachment import Attachment
+
+        return Attachment(self, model, optimizer, self.accept(budget), total_steps, seed=seed)
+
+    @abstractmethod
+    def start(self, at: Attachment) -> None:
+        """Before the first step: set initial masks, check hyper-parameters against the loop."""
+
+    def before_step(self, at: Attachment) -> None:
+        """After the backward pass, before the update: gradients are whole and dense."""
+
+    @abstractmethod
+    def after_step(self, at: Attachment) -> None:
+        """After update number ``at.step`` (counted from 1): change ``at.masks`` if due."""
+
+    def finish(self, at: Attachment) -> None:
+        """After the last step: by default nothing."""
+
+
+class Procedure(Method):
+    """Drives one or several trainings of a task."""
+
+    needs: ClassVar[tuple[str, ...]] = ("training",)
+
+    @abstractmethod
+    def run(
+        self,
+        model: nn.Module,
+        task: Task,
+        budget: Budget,
+        *,
+        seed: int = 0,
+        work: Workspace | None = None,
+    ) -> Outcome:
+        """Run on `model`, whose weights are the starting point, and return the result.
+
+        Args:
+            seed: of data order and of whatever is random.
+            work: where finished rounds are kept, so that a killed run goes on.
+        """
+
+
+def weights_to_keep(model: nn.Module, params: dict[str, nn.Parameter], budget: Budget) -> int:
+    """How many of the prunable weights the budget leaves."""
+    total = sum(p.numel() for p in params.values())
+    return budget.kept(total, fixed_parameters(model, params))
+
+
+def masked_outcome(model: nn.Module, masks: Masks, **fields: object) -> Outcome:
+    """Apply masks to a model and wrap the two; layers left empty are noted."""
+    from secateurs.parts.masks import named_parameters
+
+    masks.apply_(named_parameters(model, masks))
+    outcome = Outcome(model=model, masks=masks, **fields)  # type: ignore[arg-type]
+    if empty := masks.empty_tensors():
+        outcome.notes.append("layer collapse: nothing is left of " + ", ".join(empty))
+    return outcome

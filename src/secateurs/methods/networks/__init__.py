@@ -1,0 +1,1 @@
+"""Protocols and baselines that act on whole networks."""

@@ -1,0 +1,1 @@
+"""What methods are made of: masks, patterns, saliency, allocation, schedules, budgets, costs."""

@@ -1,0 +1,233 @@
+"""How a budget is spread over tensors.
+
+Two layers. `densities` is a pure function from shapes to a density per tensor (uniform,
+uniform+, ER, ERK, ERK+). `allocate_counts` answers the question that every method asks, how
+many weights each tensor keeps so that the total is exact, for those and for the allocations
+that look at scores (global, LAMP, ratios of SNIP or GraSP) or are given (explicit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from secateurs.errors import InputError, require, unknown
+from secateurs.parts.prunable import matches_any, sizes
+from secateurs.parts.topk import select_largest
+
+Shapes = Mapping[str, Sequence[int]]
+
+SHAPE_METHODS = ("uniform", "uniform+", "er", "erk", "erk+")
+SCORE_METHODS = ("global", "lamp")
+METHODS = SHAPE_METHODS + SCORE_METHODS
+
+
+def densities(
+    shapes: Shapes,
+    density: float,
+    method: str = "erk",
+    *,
+    power: float = 1.0,
+    keep_dense: Collection[str] = (),
+    fc: str | None = None,
+    fc_density: float = 1.0,
+) -> dict[str, float]:
+    """Density per tensor, with the sum of density times size equal to the budget.
+
+    Args:
+        shapes: weight shapes by name in network order, (out, in, *kernel).
+        density: kept fraction of all weights, in (0, 1].
+        method: ``uniform``; ``uniform+`` (first tensor dense, last at least 0.2, Gale et al.
+            2019 as in arXiv 2202.02643); ``er`` (n_in + n_out)/(n_in n_out); ``erk`` (sum of
+            all dimensions over their product, Evci et al., arXiv 1911.11134); ``erk+`` (last
+            layer taken out of the budget at `fc_density`).
+        power: exponent of the raw ER and ERK probabilities.
+        keep_dense: regular expressions of tensors that stay dense within the budget.
+        fc: name of the last layer for ``erk+`` and ``uniform+``; the last tensor when None.
+
+    Raises:
+        InputError: density outside (0, 1], unknown method, or dense tensors above the budget
+            (the message says the smallest density that is feasible).
+    """
+    require(0 < density <= 1, "density", density, "a fraction in (0, 1]")
+    if method not in SHAPE_METHODS:
+        raise unknown("allocation", method, SHAPE_METHODS)
+    names = list(shapes)
+    if fc is not None and fc not in shapes:
+        raise unknown("fc", fc, names)
+    last = fc or names[-1]
+    fixed = {name: 1.0 for name in names if matches_any(name, list(keep_dense))}
+    if method == "uniform+":
+        fixed[names[0]] = 1.0
+        if density < 0.2 and last not in fixed:
+            fixed[last] = 0.2
+    if method == "erk+":
+        require(0 < fc_density <= 1, "fc_density", fc_density, "a fraction in (0, 1]")
+        fixed[last] = fc_density
+    if density == 1:
+        return dict.fromkeys(names, 1.0)
+    raw = {name: _raw(shapes[name], method) ** power for name in names if name not in fixed}
+    return _fill(shapes, density, raw, fixed)
+
+
+def _raw(shape: Sequence[int], method: str) -> float:
+    if method == "er":
+        return (shape[0] + shape[1]) / (shape[0] * shape[1])
+    if method in ("erk", "erk+"):
+        return sum(shape) / prod(shape)
+    return 1.0
+
+
+def _fill(
+    shapes: Shapes, density: float, raw: Mapping[str, float], fixed: Mapping[str, float]
+) -> dict[str, float]:
+    """p = min(1, ε · raw) for the free tensors, with ε chosen so that the total is exact."""
+    size = {name: prod(shape) for name, shape in shapes.items()}
+    total = sum(size.values())
+    spent = sum(fixed[name] * size[name] for name in fixed)
+    left = density * total - spent
+    if left < 0 or (not raw and left != 0):
+        raise InputError(
+            "density", density, f"at least {spent / total:.6g}, what the dense tensors take"
+        )
+    full: set[str] = set()
+    while free := [name for name in raw if name not in full]:
+        weight = sum(raw[name] * size[name] for name in free)
+        scale = (left - sum(size[name] for name in full)) / weight
+        top = max(raw[name] for name in free)
+        if scale * top <= 1:
+            break
+        full |= {name for name in free if raw[name] == top}
+    else:
+        if sum(size[n] for n in full) + spent < density * total * (1 - 1e-12):
+            raise InputError("density", density, "a budget that the tensors can take up")
+        scale = 0.0
+    free_density = {n: 1.0 if n in full else scale * raw[n] for n in raw}
+    return {name: fixed[name] if name in fixed else free_density[name] for name in shapes}
+
+
+def counts_from_densities(
+    density: Mapping[str, float], size: Mapping[str, int], keep: int
+) -> dict[str, int]:
+    """Whole numbers of kept weights that sum to `keep` (largest remainder, names break ties)."""
+    counts = {n: min(size[n], int(density[n] * size[n] + 1e-9)) for n in density}
+    remainder = {n: density[n] * size[n] - counts[n] for n in density}
+    missing = keep - sum(counts.values())
+    step = 1 if missing > 0 else -1
+    while missing:
+        movable = [n for n in counts if 0 <= counts[n] + step <= size[n]]
+        if not movable:
+            raise InputError("keep", keep, f"0 to {sum(size.values())} weights")
+        movable.sort(key=lambda n: (-step * remainder[n], n))
+        for name in movable[: abs(missing)]:
+            counts[name] += step
+            remainder[name] -= step
+            missing -= step
+    return counts
+
+
+def lamp_scores(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """LAMP: s(u) = w_u² / Σ_{v: |w_v| ≥ |w_u|} w_v², per tensor (Lee et al., arXiv 2010.07611).
+
+    Args:
+        scores: weights or magnitudes by name.
+    """
+    out = {}
+    for name, score in scores.items():
+        squares = score.detach().double().square().reshape(-1)
+        order = squares.argsort(stable=True)
+        tail = squares[order].flip(0).cumsum(0).flip(0)
+        lamp = torch.empty_like(squares)
+        lamp[order] = squares[order] / tail.clamp_min(torch.finfo(torch.float64).tiny)
+        out[name] = lamp.reshape(score.shape)
+    return out
+
+
+def largest_by_name(scores: Mapping[str, Tensor], keep: int) -> dict[str, Tensor]:
+    """Masks of the `keep` largest scores over all tensors.
+
+    Ties go by name and position, so the order in which tensors are listed changes nothing.
+    """
+    names = sorted(scores)
+    masks = dict(zip(names, select_largest([scores[n] for n in names], keep), strict=True))
+    return {name: masks[name] for name in scores}
+
+
+def kept_shares(scores: Mapping[str, Tensor], keep: int) -> dict[str, float]:
+    """Density of each tensor when the `keep` largest scores over all of them stay."""
+    masks = largest_by_name(scores, keep)
+    return {n: int(m.sum()) / m.numel() for n, m in masks.items()}
+
+
+def with_floor(counts: Mapping[str, int], size: Mapping[str, int], floor: int) -> dict[str, int]:
+    """The counts with at least ``min(floor, size)`` a tensor, taken from the others in
+    proportion to what they hold above the floor; the total stays.
+
+    Raises:
+        InputError: the floors alone are more than the total.
+    """
+    lowest = {n: min(floor, size[n]) for n in counts}
+    total = sum(counts.values())
+    if sum(lowest.values()) > total:
+        raise InputError(
+            "floor", floor, f"a floor whose sum over tensors is at most {total} weights"
+        )
+    raised = {n: max(counts[n], lowest[n]) for n in counts}
+    excess = sum(raised.values()) - total
+    spare = {n: raised[n] - lowest[n] for n in counts}
+    room = sum(spare.values())
+    if excess == 0:
+        return raised
+    share = {n: (raised[n] - excess * spare[n] / room) / size[n] for n in counts}
+    return counts_from_densities(share, size, total)
+
+
+def allocate_counts(
+    scores: Mapping[str, Tensor],
+    keep: int,
+    method: str | Mapping[str, float] = "global",
+    *,
+    floor: int = 0,
+    **options: object,
+) -> dict[str, int]:
+    """How many weights each tensor keeps; the sum is exactly `keep`.
+
+    Args:
+        scores: saliency by name, in network order; its shapes are the weights' shapes.
+        keep: weights to keep over all tensors.
+        method: one of `METHODS`, or an explicit density by name (such as the ratios of SNIP
+            or GraSP, `secateurs.parts.saliency`).
+        floor: least number of weights in any tensor.
+        options: further arguments of `densities`.
+    """
+    size = sizes(scores)
+    total = sum(size.values())
+    require(0 <= keep <= total, "keep", keep, f"0 to {total} weights")
+    if not isinstance(method, str):
+        missing = [n for n in scores if n not in method]
+        require(not missing, "allocation", sorted(method), f"a density for each of {missing}")
+        counts = counts_from_densities({n: method[n] for n in scores}, size, keep)
+    elif method == "global":
+        counts = {n: int(m.sum()) for n, m in largest_by_name(scores, keep).items()}
+    elif method == "lamp":
+        ranked = largest_by_name(lamp_scores(scores), keep)
+        counts = {n: int(m.sum()) for n, m in ranked.items()}
+    elif method in SHAPE_METHODS:
+        shapes = {n: tuple(s.shape) for n, s in scores.items()}
+        share = (
+            densities(shapes, keep / total, method, **options)  # type: ignore[arg-type]
+            if keep
+            else dict.fromkeys(scores, 0.0)
+        )
+        counts = counts_from_densities(share, size, keep)
+    else:
+        raise unknown("allocation", method, METHODS)
+    return with_floor(counts, size, floor) if floor else counts
+
+
+def per_tensor_masks(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """In each tensor, the mask of its `counts` largest scores."""
+    return {n: select_largest([scores[n]], counts[n])[0] for n in scores}

@@ -1,0 +1,214 @@
+"""Costs: parameters, multiply-accumulates, bytes of sparse forms, measured latency.
+
+MACs are those of convolutions, matrix products and attention, as
+`torch.utils.flop_counter` counts them (two FLOPs a MAC); biases, norms and activations are
+not counted. MACs after masking count a weight that is zero by mask as free: a promise that
+only a sparse kernel or a real removal keeps, which is why the latency is measured beside it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from secateurs.errors import require
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Wall time of one forward pass on this machine, in milliseconds.
+
+    Attributes:
+        median, low, high: median, 10th and 90th percentile.
+        repeats: timed passes, after the warm-up.
+    """
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs.
+
+    Attributes:
+        parameters: all parameters, tied ones once.
+        nonzero: parameters not removed by a mask.
+        macs: multiply-accumulates of one forward pass over `batch` samples.
+        effective_macs: the same without those on masked weights.
+        dense_bytes: parameters and buffers as they are stored densely.
+        sparse_bytes: the same with a bit mask a masked tensor and only the kept values.
+        batch: samples in the inputs that were counted.
+        latency: measured, if it was asked for.
+    """
+
+    parameters: int
+    nonzero: int
+    macs: int
+    effective_macs: int
+    dense_bytes: int
+    sparse_bytes: int
+    batch: int = 1
+    latency: Latency | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Cost:
+        """The inverse of `as_dict`."""
+        latency = values.get("latency")
+        return Cost(**{**values, "latency": Latency(**latency) if latency else None})
+
+
+def measure_cost(
+    model: nn.Module,
+    example_inputs: Any,
+    masks: Mapping[str, Tensor] | None = None,
+    *,
+    with_latency: bool = False,
+) -> Cost:
+    """Count and, where asked, time a model on `example_inputs`.
+
+    Args:
+        masks: True = keep, by parameter name; removed weights do not count as effective.
+    """
+    masks = masks or {}
+    kept = {name: float(mask.double().mean()) for name, mask in masks.items()}
+    removed = sum(int((~mask).sum()) for mask in masks.values())
+    per_layer = count_macs(model, example_inputs)
+    saved = sum(
+        macs * (1 - kept[weight])
+        for layer, macs in per_layer.items()
+        if (weight := f"{layer}.weight") in kept
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    macs = sum(per_layer.values())
+    dense = dense_bytes(model)
+    return Cost(
+        parameters=parameters,
+        nonzero=parameters - removed,
+        macs=macs,
+        effective_macs=round(macs - saved),
+        dense_bytes=dense,
+        sparse_bytes=dense + _bytes_saved(model, masks),
+        batch=_batch(example_inputs),
+        latency=measure_latency(model, example_inputs) if with_latency else None,
+    )
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+    """MACs by the innermost module that executed them ('' for the model itself)."""
+    with _evaluating(model), _attention_in_the_open(), torch.no_grad():
+        counter = FlopCounterMode(display=False)
+        with counter:
+            _forward(model, example_inputs)
+    flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    root = type(model).__name__
+    named = {"": flops.get("Global", 0)}
+    for name, count in flops.items():
+        if name.startswith(root + "."):
+            named[name[len(root) + 1 :]] = count
+    own = dict(named)
+    for name, count in named.items():
+        if name:
+            parent = name.rpartition(".")[0]
+            while parent not in own:
+                parent = parent.rpartition(".")[0]
+            own[parent] -= count
+    return {name: count // 2 for name, count in own.items() if count > 0}
+
+
+def dense_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, tied ones once."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def bitmask_bytes(elements: int, nonzero: int, width: int = 4) -> int:
+    """Bytes of a sparse tensor stored as kept values and one bit a position."""
+    return width * nonzero + -(-elements // 8)
+
+
+def csr_bytes(nonzero: int, index_bits: int, width: int = 4) -> int:
+    """Bytes with a relative index of `index_bits` a kept value (no padding zeros counted)."""
+    return width * nonzero + -(-nonzero * index_bits // 8)
+
+
+def _bytes_saved(model: nn.Module, masks: Mapping[str, Tensor]) -> int:
+    params = dict(model.named_parameters(remove_duplicate=False))
+    change = 0
+    for name, mask in masks.items():
+        width = params[name].element_size()
+        sparse = bitmask_bytes(mask.numel(), int(mask.sum()), width)
+        # a tensor that a bit mask would make larger is stored densely
+        change += min(0, sparse - width * mask.numel())
+    return change
+
+
+def measure_latency(
+    model: nn.Module, example_inputs: Any, *, warmup: int = 5, repeats: int = 30
+) -> Latency:
+    """Time forward passes in eval mode: median and spread, after a warm-up."""
+    require(repeats >= 1, "repeats", repeats, "at least 1")
+    times = []
+    device = next(model.parameters()).device
+    with _evaluating(model), torch.inference_mode():
+        for repeat in range(warmup + repeats):
+            begin = time.perf_counter()
+            _forward(model, example_inputs)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if repeat >= warmup:
+                times.append((time.perf_counter() - begin) * 1e3)
+    times.sort()
+    tenth = len(times) // 10
+    return Latency(statistics.median(times), times[tenth], times[-1 - tenth], repeats)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _attention_in_the_open() -> Iterator[None]:
+    """Without the fused encoder kernels, which the counter cannot see into."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _forward(model: nn.Module, inputs: Any) -> Any:
+    device = next(model.parameters()).device
+    if isinstance(inputs, Tensor):
+        return model(inputs.to(device))
+    if isinstance(inputs, Mapping):
+        return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
+    return model(*[v.to(device) if isinstance(v, Tensor) else v for v in inputs])
+
+
+def _batch(inputs: Any) -> int:
+    if isinstance(inputs, Tensor):
+        return inputs.shape[0] if inputs.ndim else 1
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    return next((v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim), 1)

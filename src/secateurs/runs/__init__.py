@@ -1,0 +1,1 @@
+"""Recipes, run folders that resume, the benchmark matrix."""

@@ -1,0 +1,293 @@
+"""A task: model, data, loss and metrics. Whatever trains or scores goes through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from secateurs.errors import InputError, described, require, unknown
+from secateurs.settings import TrainSettings
+
+Loss = Callable[[Any, Tensor], Tensor]
+"""(model output, target) -> scalar mean over the batch."""
+
+Split = Callable[[Any], tuple[Any, Any]]
+"""batch -> (inputs, target)."""
+
+
+def _identity(value: float) -> float:
+    return value
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean over samples.
+
+    Attributes:
+        each: (output, target) -> one value per sample (or token), any shape.
+        finish: applied to the mean over the whole evaluation set, such as exp for perplexity.
+        higher_is_better: the direction of quality.
+    """
+
+    each: Callable[[Any, Any], Tensor]
+    finish: Callable[[float], float] = _identity
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be done well.
+
+    Attributes:
+        model: a module, or a function without arguments that makes one with fresh weights
+            (drawn from torch's global generator, which the library seeds).
+        train: loader of training batches; None where only evaluation is needed.
+        evaluate: loader of held-out batches.
+        loss: (output, target) -> mean loss.
+        metrics: by name; `primary` is the one that decides.
+        example_inputs: a batch of inputs as the model takes them, for costs and traces.
+        primary: name of the deciding metric.
+        split: batch -> (inputs, target); by default pairs and dictionaries with ``labels``.
+        training: how the model is trained from scratch.
+        finetuning: how a pruned model recovers.
+        resize: width multiplier -> a model of the same family with fresh weights; what the
+            small-dense baseline needs.
+        name: for reports.
+    """
+
+    model: nn.Module | Callable[[], nn.Module]
+    train: DataLoader[Any] | None
+    evaluate: DataLoader[Any]
+    loss: Loss
+    metrics: Mapping[str, Metric]
+    example_inputs: Any
+    primary: str = "accuracy"
+    split: Split | None = None
+    training: TrainSettings = field(default_factory=TrainSettings)
+    finetuning: TrainSettings = field(default_factory=lambda: TrainSettings(lr=0.01, epochs=3))
+    resize: Callable[[float], nn.Module] | None = None
+    name: str = "task"
+
+    def __post_init__(self) -> None:
+        if self.primary not in self.metrics:
+            raise unknown("primary", self.primary, self.metrics)
+
+    def fresh_model(self, seed: int) -> nn.Module:
+        """A model with the weights that `seed` draws; the global generator is left as it was.
+
+        Raises:
+            InputError: the task holds a module, not a function that makes one.
+        """
+        if isinstance(self.model, nn.Module):
+            raise InputError(
+                "task.model", described("a module"), "a function that returns a fresh model"
+            )
+        return seeded(self.model, seed)
+
+    def starting_model(self, seed: int) -> nn.Module:
+        """The given module, or a fresh one."""
+        return self.model if isinstance(self.model, nn.Module) else self.fresh_model(seed)
+
+    def training_loader(self) -> DataLoader[Any]:
+        """The training loader.
+
+        Raises:
+            InputError: the task has none.
+        """
+        if self.train is None:
+            raise InputError("task.train", None, "a loader of training batches")
+        return self.train
+
+    def unpack(self, batch: Any) -> tuple[Any, Any]:
+        """Inputs and target of a batch."""
+        return self.split(batch) if self.split is not None else split_batch(batch)
+
+    def forward(self, model: nn.Module, inputs: Any) -> Any:
+        """The model's output; dictionaries are passed as keyword arguments."""
+        return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+    def batch_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The mean loss of a batch, with its graph."""
+        inputs, target = self.unpack(batch)
+        return self.loss(self.forward(model, inputs), target)
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, loader: Iterable[Any] | None = None) -> dict[str, float]:
+        """Loss and metrics over `loader` (the evaluation set by default), in eval mode.
+
+        The model's mode is restored. Samples count equally, whatever the batch sizes.
+        """
+        device = next(model.parameters()).device
+        was_training = model.training
+        model.eval()
+        sums = dict.fromkeys(self.metrics, 0.0)
+        counts = dict.fromkeys(self.metrics, 0)
+        loss, samples = 0.0, 0
+        try:
+            for batch in self.evaluate if loader is None else loader:
+                inputs, target = self.unpack(to_device(batch, device))
+                output = self.forward(model, inputs)
+                size = batch_size(target)
+                loss += float(self.loss(output, target)) * size
+                samples += size
+                for name, metric in self.metrics.items():
+                    values = metric.each(output, target)
+                    sums[name] += float(values.double().sum())
+                    counts[name] += values.numel()
+        finally:
+            model.train(was_training)
+        require(samples > 0, "task.evaluate", described("an empty loader"), "at least one batch")
+        means = {n: m.finish(sums[n] / max(counts[n], 1)) for n, m in self.metrics.items()}
+        return {**means, "loss": loss / samples}
+
+    def with_model(self, model: nn.Module | Callable[[], nn.Module]) -> Task:
+        """The same task for another model."""
+        return replace(self, model=model)
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Direction of the primary metric."""
+        return self.metrics[self.primary].higher_is_better
+
+
+def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Call `make` under a seed and leave torch's generators as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """(inputs, target) of a pair, or of a dictionary with ``labels``."""
+    if isinstance(batch, Mapping):
+        if "labels" not in batch:
+            raise InputError("batch", described(f"keys {sorted(batch)}"), "a key 'labels'")
+        return {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise InputError(
+        "batch",
+        described(type(batch).__name__),
+        "a pair (inputs, target), a dictionary with 'labels', or Task(split=...)",
+    )
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A nested batch on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {k: to_device(v, device) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(v, device) for v in value)
+    return value
+
+
+def batch_size(value: Any) -> int:
+    """Number of samples of a nested batch: the first dimension of its first tensor."""
+    if isinstance(value, Tensor):
+        return value.shape[0] if value.ndim else 1
+    if isinstance(value, Mapping):
+        return batch_size(next(iter(value.values())))
+    if isinstance(value, list | tuple):
+        return batch_size(value[0])
+    raise InputError("batch", described(type(value).__name__), "tensors")
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits: the output itself, or the field ``logits`` of a transformers output."""
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def cross_entropy(label_smoothing: float = 0.0) -> Loss:
+    """Cross entropy over the last class dimension of (N, C) logits."""
+
+    def loss(output: Any, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits_of(output), target, label_smoothing=label_smoothing)
+
+    return loss
+
+
+def _correct(output: Any, target: Tensor) -> Tensor:
+    return (logits_of(output).argmax(-1) == target).float()
+
+
+def _token_loss(output: Any, target: Tensor) -> Tensor:
+    logits = logits_of(output)
+    return F.cross_entropy(logits.flatten(0, -2).float(), target.flatten(), reduction="none")
+
+
+def classification(
+    model: nn.Module | Callable[[], nn.Module],
+    train: DataLoader[Any] | None,
+    evaluate: DataLoader[Any],
+    *,
+    label_smoothing: float = 0.0,
+    example_inputs: Any = None,
+    **fields: Any,
+) -> Task:
+    """A classification task with cross entropy and top-1 accuracy."""
+    if example_inputs is None:
+        example_inputs = first_inputs(evaluate)
+    return Task(
+        model=model,
+        train=train,
+        evaluate=evaluate,
+        loss=cross_entropy(label_smoothing),
+        metrics={"accuracy": Metric(_correct)},
+        example_inputs=example_inputs,
+        **fields,
+    )
+
+
+def language_modelling(
+    model: nn.Module | Callable[[], nn.Module],
+    train: DataLoader[Any] | None,
+    evaluate: DataLoader[Any],
+    *,
+    example_inputs: Any = None,
+    **fields: Any,
+) -> Task:
+    """Next-token prediction: batches are (tokens, targets), both (N, T); perplexity decides."""
+    if example_inputs is None:
+        example_inputs = first_inputs(evaluate)
+
+    def loss(output: Any, target: Tensor) -> Tensor:
+        return _token_loss(output, target).mean()
+
+    import math
+
+    perplexity = Metric(_token_loss, lambda nll: math.exp(min(nll, 700.0)), False)
+    return Task(
+        model=model,
+        train=train,
+        evaluate=evaluate,
+        loss=loss,
+        metrics={"perplexity": perplexity},
+        example_inputs=example_inputs,
+        primary="perplexity",
+        **fields,
+    )
+
+
+def first_inputs(loader: DataLoader[Any]) -> Any:
+    """One sample of inputs from a loader, with a batch dimension of 1."""
+    inputs, _ = split_batch(next(iter(loader)))
+    return head(inputs, 1)
+
+
+def head(value: Any, count: int) -> Any:
+    """The first `count` samples of a nested batch."""
+    if isinstance(value, Tensor):
+        return value[:count]
+    if isinstance(value, Mapping):
+        return {k: head(v, count) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(head(v, count) for v in value)
+    return value

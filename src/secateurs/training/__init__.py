@@ -1,0 +1,1 @@
+"""The training loop, the hooks that keep masks, and what iterates over trainings."""

@@ -1,0 +1,1 @@
+"""Small reference networks and real data sets that ship with ordinary packages."""
