@@ -87,9 +87,7 @@ class OneShot(Pruner):
             )
         total = sum(p.numel() for p in params.values())
         keep = weights_to_keep(model, params, budget)
-        masks: dict[str, Tensor] = {
-            n: torch.ones_like(p, dtype=torch.bool) for n, p in params.items()
-        }
+        masks: Mapping[str, Tensor] = Masks.ones_like(params)
         falling = Exponential(1 - keep / total, 0, self.iterations) if keep else None
         for iteration in range(1, self.iterations + 1):
             last = iteration == self.iterations or falling is None
@@ -97,7 +95,7 @@ class OneShot(Pruner):
             masks = self._cut(self._scores(probe, masks), now, pattern)
             if last:
                 break
-        return masked_outcome(model, Masks(masks), notes=notes)
+        return masked_outcome(model, Masks(masks), notes=notes, unit=largest_unit(params, pattern))
 
     def _pattern(self, budget: Budget) -> Pattern | NM:
         pattern = parse_pattern(self.pattern)
@@ -149,6 +147,11 @@ class OneShot(Pruner):
             counts = allocate_counts(scores, keep, self.allocation, floor=self.floor)
             kept = {n: best_units({n: units[n]}, {n: sizes[n]}, counts[n])[n] for n in units}
         return {n: pattern.expand(kept[n], scores[n].shape) for n in scores}
+
+
+def largest_unit(params: Mapping[str, nn.Parameter], pattern: Pattern) -> int:
+    """Weights of the largest unit of a pattern."""
+    return max(int(pattern.unit_sizes(p.shape).max()) for p in params.values())
 
 
 def best_units(
