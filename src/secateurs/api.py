@@ -209,6 +209,7 @@ def _measure(
     """Costs and metrics, before and after."""
     if task is None:
         return
+    outcome.primary, outcome.higher_is_better = task.primary, task.higher_is_better
     inputs = task.example_inputs
     if dense is None:
         dense = copy.deepcopy(outcome.model)

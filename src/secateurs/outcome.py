@@ -58,8 +58,10 @@ class Outcome:
         model: the pruned model.
         masks: True = keep, by parameter name; empty where nothing was masked.
         method, options, budget, seed: what was asked for.
-        source: specification from which the dense model can be made again, if it has one.
+        source: specifications (``model``, ``data``, ``width``) from which the model can be made
+            again, where there are any.
         unit: weights of the largest unit that was removed as one.
+        primary, higher_is_better: the task's deciding metric.
         promise: the budget, asked and reached.
         before, after: costs of the dense and of the pruned model.
         metrics_before, metrics_after: of the task, if there was one.
@@ -74,8 +76,10 @@ class Outcome:
     options: dict[str, Any] = field(default_factory=dict)
     budget: str = ""
     seed: int = 0
-    source: str = ""
+    source: dict[str, Any] = field(default_factory=dict)
     unit: int = 1
+    primary: str = ""
+    higher_is_better: bool = True
     promise: Promise | None = None
     before: Cost | None = None
     after: Cost | None = None
@@ -101,6 +105,8 @@ class Outcome:
             "seed": self.seed,
             "source": self.source,
             "unit": self.unit,
+            "primary": self.primary,
+            "higher_is_better": self.higher_is_better,
             "promise": None if self.promise is None else vars(self.promise),
             "before": None if self.before is None else self.before.as_dict(),
             "after": None if self.after is None else self.after.as_dict(),
@@ -178,7 +184,8 @@ def load(folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None =
         **{
             key: plan[key]
             for key in (
-                "method", "options", "budget", "seed", "source", "unit", "metrics_before",
+                "method", "options", "budget", "seed", "source", "unit", "primary",
+                "higher_is_better", "metrics_before",
                 "metrics_after", "history", "tables", "notes",
             )
         },
@@ -226,9 +233,9 @@ def _read_plan(path: Path) -> dict[str, Any]:
     return plan
 
 
-def _model_from_source(source: str) -> nn.Module:
-    if not source:
+def _model_from_source(source: dict[str, Any]) -> nn.Module:
+    if "model" not in source:
         raise InputError("model", None, "the dense model or a function that makes it")
-    from secateurs.zoo.models import remake
+    from secateurs.zoo.catalog import remake
 
-    return remake(source)
+    return remake(**source)

@@ -97,6 +97,7 @@ class SmallDense(Procedure):
         wider = next_size(resize, width, parameters)
         return Outcome(
             model=small,
+            source={"width": width},
             promise=Promise("params", allowed, parameters, max(wider - parameters, 1)),
             notes=[f"width {width:.4g}: {parameters} parameters of {allowed} allowed"],
         )

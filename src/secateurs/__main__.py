@@ -1,0 +1,6 @@
+"""``python -m secateurs``."""
+
+from secateurs.cli import main
+
+if __name__ == "__main__":
+    main()
