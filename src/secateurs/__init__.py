@@ -6,7 +6,7 @@ from secateurs.method import Method, Procedure, Pruner, TrainingPruner
 from secateurs.outcome import Outcome, load, save
 from secateurs.parts.budgets import Budget
 from secateurs.parts.masks import Masks
-from secateurs.registry import Paper, Tags, create, methods, register
+from secateurs.registry import Paper, Tags, create, list_methods, register
 from secateurs.settings import TrainSettings, option
 from secateurs.task import Metric, Task, classification, language_modelling
 from secateurs.training.keeping import MaskKeeper
@@ -38,8 +38,8 @@ __all__ = [
     "finetune",
     "fit",
     "language_modelling",
+    "list_methods",
     "load",
-    "methods",
     "option",
     "prune",
     "register",

@@ -40,7 +40,7 @@ def prune(
     Args:
         model: the weights to start from. One-shot methods prune them; training pruners train
             on from them by ``task.training``; procedures take them as the initial weights.
-        method: a name of `secateurs.methods`, or a method object.
+        method: a name of `secateurs.list_methods`, or a method object.
         budget: what to come down to, such as ``sparsity=0.9``.
         task: data, loss and metrics. Without one, only one-shot methods that need no data run,
             and nothing recovers or is scored.

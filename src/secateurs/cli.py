@@ -15,7 +15,15 @@ from rich.console import Console
 
 from secateurs import __version__
 from secateurs.errors import SecateursError, require
-from secateurs.registry import NEEDS, VOCABULARY, WHEN, Option, method_class, methods, options_of
+from secateurs.registry import (
+    NEEDS,
+    VOCABULARY,
+    WHEN,
+    Option,
+    list_methods,
+    method_class,
+    options_of,
+)
 from secateurs.settings import TrainSettings
 
 MODEL_HELP = (
@@ -91,7 +99,7 @@ class MethodCommand(click.Command):
                 formatter.write_dl(rows or [("(none)", "")])
         else:
             with formatter.section("Methods (--method NAME --help shows the options of one)"):
-                formatter.write_dl([(n, summary(cls)) for n, cls in methods().items()])
+                formatter.write_dl([(n, summary(cls)) for n, cls in list_methods().items()])
 
 
 def _method_in(args: Sequence[str]) -> str | None:
@@ -467,7 +475,7 @@ def _tag_option(axis: str, values: Sequence[str], text: str) -> Callable[[Any], 
     return click.option(f"--{axis}", metavar="VALUE", help=f"{text}: {', '.join(values)}")
 
 
-@main.command(name="methods")
+@main.command()
 @click.argument("pattern", default="*")
 @_tag_option("unit", VOCABULARY["unit"], "what is removed")
 @_tag_option("when", [f"{k} ({v})" for k, v in WHEN.items()], "when it is removed")
@@ -475,9 +483,9 @@ def _tag_option(axis: str, values: Sequence[str], text: str) -> Callable[[Any], 
 @_tag_option("criterion", VOCABULARY["criterion"], "how units are scored")
 @_tag_option("rounds", VOCABULARY["rounds"], "how often")
 @json_option
-def list_methods(pattern: str, as_json: bool, **wanted: str | None) -> None:
+def methods(pattern: str, as_json: bool, **wanted: str | None) -> None:
     """List the methods whose name matches PATTERN (a wildcard), with their papers."""
-    found = methods(pattern, **{k: v for k, v in wanted.items() if v is not None})
+    found = list_methods(pattern, **{k: v for k, v in wanted.items() if v is not None})
     rows = [method_row(name, cls) for name, cls in found.items()]
     if as_json:
         click.echo(json.dumps(rows, default=str))

@@ -133,7 +133,7 @@ def _discover() -> None:
         point.load()
 
 
-def methods(pattern: str = "*", **wanted: str) -> dict[str, type[Any]]:
+def list_methods(pattern: str = "*", **wanted: str) -> dict[str, type[Any]]:
     """Registered methods by name, filtered.
 
     Args:

@@ -6,6 +6,7 @@ A budget is parsed once, at the door. A method states which kinds it can honour
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -97,8 +98,8 @@ class Budget:
             if not inside:
                 raise InputError("budget", text, f"{kind} in {'(0, 1]' if low_open else '[0, 1)'}")
             return Budget(kind, value)
-        if not value > 0:
-            raise InputError("budget", text, f"{kind} above 0")
+        if not 0 < value < math.inf:
+            raise InputError("budget", text, f"{kind} above 0, and finite")
         if not unit and value <= 1:
             return Budget(kind, value)
         scales = _UNITS[kind]
@@ -141,5 +142,10 @@ class Budget:
         if self.kind == "n:m":
             return f"{self.n}:{self.m}"
         if self.kind == "latency" and not self.relative:
-            return f"latency={self.value * 1e3:g}ms"
-        return f"{self.kind}={self.value:g}" if self.relative else f"{self.kind}={self.value:.0f}"
+            return f"latency={_number(self.value * 1e3)}ms"
+        return f"{self.kind}={_number(self.value)}"
+
+
+def _number(value: float) -> str:
+    """All digits that matter, so that the text parses to the same budget."""
+    return f"{value:.0f}" if float(value).is_integer() else repr(float(value))

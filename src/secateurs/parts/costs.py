@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from secateurs.errors import require
 
@@ -110,6 +109,9 @@ def measure_cost(
 
 def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """MACs by the innermost module that executed them ('' for the model itself)."""
+    # imported here because it brings Triton along, a tenth of a second
+    from torch.utils.flop_counter import FlopCounterMode
+
     with _evaluating(model), _attention_in_the_open(), torch.no_grad():
         counter = FlopCounterMode(display=False)
         with counter:

@@ -11,7 +11,7 @@ The tie rule: among equal scores, the earlier tensor and the lower index in it a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
@@ -22,6 +22,8 @@ from torch import Tensor
 from secateurs.errors import require
 
 Transform = Callable[[Tensor], Tensor]
+_Comparison = Callable[..., Tensor]
+
 SMALL = 1 << 22
 """Up to this many scores (16 MB in float32) are simply put side by side."""
 SAMPLE = 1 << 17
@@ -32,6 +34,7 @@ CHUNK = 1 << 19
 """Scores read at once on a CPU, to stay in its cache; an accelerator reads 32 times as many."""
 WORD = 8
 """Bytes of a mask that are looked at as one integer when few of them are set."""
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -205,11 +208,11 @@ class _Scores:
         reached, inside, room = 0, [], max(2 * SMALL, self.total >> 7)
         for tensor in self._tensors:
             for desk in self.read(tensor):
-                reached += desk.split(low, high)
-                inside.append(desk.picked())
-                room -= len(inside[-1])
+                count, found = desk.split(low, high)
+                reached, room = reached + count, room - len(found)
                 if room < 0:
                     return None
+                inside.append(found)
         return reached, self._joined(inside)
 
     def read(self, tensor: Tensor) -> Iterator[_Desk]:
@@ -218,3 +221,96 @@ class _Scores:
         for chunk in _chunks(tensor.detach(), desk.size):
             desk.lay(chunk, self._transform)
             yield desk
+
+    def _desk_on(self, device: torch.device) -> _Desk:
+        if device not in self._desks:
+            most = CHUNK if device.type == "cpu" else CHUNK << 5
+            largest = max((t.numel() for t in self._tensors if t.device == device), default=0)
+            self._desks[device] = _Desk(min(most, largest), self.dtype, device)
+        return self._desks[device]
+
+    def _joined(self, parts: Iterable[Tensor]) -> Tensor:
+        home = self._tensors[0].device
+        return torch.cat([part.to(home, self.dtype) for part in parts])
+
+
+class _Desk:
+    """Room on one device for a chunk of scores and its comparisons, made once for all chunks.
+
+    The chunk is padded to whole words with NaN, for which no comparison holds.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        words = -(-size // WORD)
+        self.size = size
+        self.filled = 0
+        self._scores = torch.empty(words * WORD, dtype=dtype, device=device)
+        self._answers = torch.empty_like(self._scores)
+        self._reached = torch.empty_like(self._scores, dtype=torch.bool)
+        self._inside = torch.empty_like(self._reached)
+
+    def lay(self, chunk: Tensor, transform: Transform) -> None:
+        """Put the scores of a chunk on the desk."""
+        self.filled = chunk.numel()
+        scores = self._scores[: self.filled].view(chunk.shape)
+        if transform is torch.abs:  # the usual one; a result of its own would double the time
+            torch.abs(chunk, out=scores)
+        else:
+            scores.copy_(transform(chunk))
+        self._scores[self.filled : self._padded].fill_(math.nan)
+
+    def compare(self, comparison: _Comparison, value: float) -> Tensor:
+        """1.0 where the scores compare like that with `value`, 0.0 elsewhere and in the padding.
+
+        Into floats a comparison is several times faster than into bools, and so is their sum,
+        which is exact for chunks of up to 2^24.
+        """
+        return comparison(self._scores[: self._padded], value, out=self._answers[: self._padded])
+
+    def split(self, low: float, high: float) -> tuple[int, Tensor]:
+        """How many scores reach `high`, and those strictly between `low` and `high`."""
+        answers = self.compare(torch.ge, high)
+        count = int(answers.sum())
+        reached = self._reached[: self._padded].copy_(answers)
+        inside = self._inside[: self._padded].copy_(self.compare(torch.gt, low))
+        return count, self._picked(inside.bitwise_xor_(reached))
+
+    def _picked(self, mask: Tensor) -> Tensor:
+        """The scores under a sparse mask: its few words that are not zero are found first."""
+        words = mask.view(torch.int64).nonzero().view(-1)
+        scores = self._scores[: self._padded].view(-1, WORD)
+        return scores.index_select(0, words)[mask.view(-1, WORD).index_select(0, words)]
+
+    @property
+    def _padded(self) -> int:
+        return -(-self.filled // WORD) * WORD
+
+
+def _chunks(tensor: Tensor, size: int) -> Iterator[Tensor]:
+    """Views of up to `size` elements that together are the tensor, in reading order."""
+    if tensor.numel() == 0:
+        return
+    if tensor.numel() <= size:
+        yield tensor
+    elif tensor.is_contiguous():
+        yield from torch.split(tensor.view(-1), size)
+    else:
+        axis = next(axis for axis, length in enumerate(tensor.shape) if length > 1)
+        for half in tensor.chunk(2, axis):
+            yield from _chunks(half, size)
+
+
+def _dtype_holding(value: float) -> torch.dtype:
+    """The dtype to compare low precision scores in, so that `value` is not rounded to theirs."""
+    rounded = torch.tensor(value, dtype=torch.float32).item()
+    return torch.float32 if rounded == value else torch.float64
+
+
+def _float_at(place: int, dtype: torch.dtype) -> float:
+    """The float at a place in the order of all floats of that dtype, 0.0 being at 0."""
+    magnitude = torch.tensor(abs(place), dtype=_BITS[dtype]).view(dtype).item()
+    return math.copysign(magnitude, place)
+
+
+def _place_of_infinity(dtype: torch.dtype) -> int:
+    return int(torch.tensor(math.inf, dtype=dtype).view(_BITS[dtype]).item())

@@ -83,7 +83,23 @@ class MaskKeeper:
         if self.optimizer_state == "zeroed":
             self.masks.apply_to_state_(self.params, self.optimizer)
 
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _before_step(
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Act when the gradients are there: now, or after the closure that computes them."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._gradients_are_ready()
+            return None
+
+        def evaluated() -> Any:
+            loss = closure()
+            self._gradients_are_ready()
+            return loss
+
+        return args[:1], {**kwargs, "closure": evaluated}
+
+    def _gradients_are_ready(self) -> None:
         self.before_step()
         if self.gradients == "masked":
             self.masks.apply_to_gradients_(self.params)
