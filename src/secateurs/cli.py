@@ -45,12 +45,22 @@ class Group(click.Group):
     """Commands whose refusals end with exit code 2 and one line."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run, and turn our errors into one line on standard error."""
+        """Run, and turn refusals into one line on standard error."""
         try:
-            return super().main(*args, **kwargs)
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.Abort:
+            refuse("interrupted", 130)
+        except click.UsageError as error:
+            refuse(error.format_message(), 2)
         except SecateursError as error:
-            click.echo(f"secateurs: {' '.join(str(error).split())}", err=True)
-            sys.exit(2)
+            refuse(str(error), 2)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def refuse(reason: str, code: int) -> typing.NoReturn:
+    """One line on standard error, and the end."""
+    click.echo(f"secateurs: {' '.join(reason.split())}", err=True)
+    sys.exit(code)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})

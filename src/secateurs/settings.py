@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from secateurs.errors import require
+from secateurs.errors import require, unknown
 
 
 def option(default: Any, help: str, unit: str = "") -> Any:
@@ -22,6 +23,14 @@ def option(default: Any, help: str, unit: str = "") -> Any:
     if isinstance(default, dict | list | set):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def check_choices(values: Any) -> None:
+    """Raise `InputError` where a dataclass has a value that the field's `Literal` does not list."""
+    for name, hint in typing.get_type_hints(type(values)).items():
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
+        if choices is not None and getattr(values, name) not in choices:
+            raise unknown(name, getattr(values, name), choices)
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class TrainSettings:
     precision: Literal["no", "bf16", "fp16"] = option("no", "mixed precision")
 
     def __post_init__(self) -> None:
+        check_choices(self)
         require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
         require(self.steps is None or self.steps >= 0, "steps", self.steps, "0 or more")
         require(self.lr > 0, "lr", self.lr, "a rate above 0")
@@ -74,7 +84,8 @@ class TrainSettings:
         if self.schedule == "constant":
             return self.lr
         if self.schedule == "step":
-            passed = sum(step >= int(m * total) for m in self.milestones)
+            # a fraction such as 29/100 times 100 is a hair below 29
+            passed = sum(step >= int(m * total + 1e-9) for m in self.milestones)
             return self.lr * self.gamma**passed
         progress = (step - self.warmup) / max(total - self.warmup, 1)
         if self.schedule == "linear":

@@ -77,6 +77,7 @@ class Workspace:
             return load_tree(path)
         state = compute()
         save_tree(path, state)
+        self.event("done", step=name)
         return state
 
     def has(self, name: str) -> bool:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import secateurs as sc
+from secateurs.state import load_tree, save_tree
+from secateurs.training.order import batches_from
 
 TRAINING = 1280
 """Samples to train on; the other 517 are held out."""
@@ -69,3 +71,54 @@ def digits_task():
 @pytest.fixture
 def trained():
     return copy.deepcopy(trained_once())
+
+
+@pytest.fixture
+def run_steps(digits_task):
+    """A bare loop over updates [first, last): (model, optimizer, first, last, after each)."""
+
+    def run(model, optimizer, first, last, after=lambda: None):
+        batches = batches_from(digits_task.train, 0, first)
+        for _ in range(first, last):
+            optimizer.zero_grad()
+            digits_task.batch_loss(model, next(batches)[0]).backward()
+            optimizer.step()
+            after()
+
+    return run
+
+
+@pytest.fixture
+def train_attached(digits_task, run_steps, tmp_path):
+    """Train under a training pruner: (method, budget, steps, ...) -> the attachment.
+
+    With `interrupt` the state is written to a file after so many steps and everything is made
+    anew from it. `after` is called with the attachment after the attaching and every step.
+    """
+
+    def begin(method, budget, steps, **fields):
+        model = digits_task.fresh_model(0)
+        optimizer = torch.optim.SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, **fields})
+        return method.attach(model, optimizer, budget, steps)
+
+    def train(method, budget="sparsity=0.9", steps=60, interrupt=0, after=None, **fields):
+        at = begin(method, budget, steps, **fields)
+        tell = (lambda: None) if after is None else lambda: after(at)
+        tell()
+        if interrupt:
+            run_steps(at.model, at.optimizer, 0, interrupt, tell)
+            tree = {
+                "model": at.model.state_dict(),
+                "optimizer": at.optimizer.state_dict(),
+                "attachment": at.state_dict(),
+            }
+            save_tree(tmp_path / "state", tree)
+            at, tree = begin(method, budget, steps, **fields), load_tree(tmp_path / "state")
+            at.model.load_state_dict(tree["model"])
+            at.optimizer.load_state_dict(tree["optimizer"])
+            at.load_state_dict(tree["attachment"])
+        run_steps(at.model, at.optimizer, interrupt, steps, tell)
+        at.finish()
+        return at
+
+    return train

@@ -66,7 +66,7 @@ def test_exponential_removes_the_same_share_of_survivors_at_each_step():
 
 
 def test_constant_jumps_at_begin_and_updates_once():
-    ramp = Constant(0.9, begin=3, initial=0.1)
+    ramp = Constant(0.9, begin=3, end=3, initial=0.1)
     assert [ramp(t) for t in range(5)] == [0.1, 0.1, 0.1, 0.9, 0.9]
     assert [t for t in range(9) if ramp.updates(t)] == [3]
 

@@ -132,17 +132,20 @@ def counts_from_densities(
 def lamp_scores(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """LAMP: s(u) = w_u² / Σ_{v: |w_v| ≥ |w_u|} w_v², per tensor (Lee et al., arXiv 2010.07611).
 
+    Among equal weights the sum is over the later ones, so one of each tensor scores 1.
+
     Args:
-        scores: weights or magnitudes by name.
+        scores: weights or magnitudes by name; −inf marks a weight that is gone and stays last.
     """
     out = {}
     for name, score in scores.items():
-        squares = score.detach().double().square().reshape(-1)
+        gone = score.detach() == -torch.inf
+        squares = score.detach().double().masked_fill(gone, 0.0).square().reshape(-1)
         order = squares.argsort(stable=True)
         tail = squares[order].flip(0).cumsum(0).flip(0)
         lamp = torch.empty_like(squares)
         lamp[order] = squares[order] / tail.clamp_min(torch.finfo(torch.float64).tiny)
-        out[name] = lamp.reshape(score.shape)
+        out[name] = lamp.reshape(score.shape).masked_fill(gone, -torch.inf)
     return out
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secateurs.errors import require
 
@@ -90,7 +91,7 @@ def measure_cost(
     saved = sum(
         macs * (1 - kept[weight])
         for layer, macs in per_layer.items()
-        if (weight := f"{layer}.weight") in kept
+        if (weight := f"{layer}.weight".removeprefix(".")) in kept
     )
     parameters = sum(p.numel() for p in model.parameters())
     macs = sum(per_layer.values())
@@ -181,21 +182,23 @@ def measure_latency(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
+    was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in was_training:
+            module.training = True
 
 
 @contextmanager
 def _attention_in_the_open() -> Iterator[None]:
-    """Without the fused encoder kernels, which the counter cannot see into."""
+    """Without the fused kernels, which the counter cannot see into."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 

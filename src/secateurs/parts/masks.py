@@ -44,9 +44,11 @@ class Masks(Mapping[str, Tensor]):
         return len(self._masks)
 
     def update(self, masks: Mapping[str, Tensor]) -> None:
-        """Replace some masks in place; shapes must stay what they were."""
+        """Replace some masks in place; names and shapes must be what they were."""
         for name, mask in masks.items():
-            if name in self._masks and mask.shape != self._masks[name].shape:
+            if name not in self._masks:
+                raise InputError("masks", name, "names of masks: " + ", ".join(self))
+            if mask.shape != self._masks[name].shape:
                 raise _misfit(name, mask, self._masks[name])
             if mask.dtype != torch.bool:
                 raise InputError(f"mask {name}", described(str(mask.dtype)), "a bool tensor")

@@ -8,7 +8,8 @@ and a generator. The user's model is never touched: gradients are taken on a cop
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from secateurs.errors import InputError, described, require, unknown
 from secateurs.parts.masks import named_parameters
+from secateurs.task import to_device
 
 BatchLoss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> mean loss of the batch."""
@@ -33,7 +35,6 @@ class Probe:
         loss: (model, batch) -> mean loss.
         example_inputs: inputs of one sample, for data-free scores that run the model.
         generator: source of randomness, on the CPU.
-        forward: (model, inputs) -> output.
         masks: weights that are already gone (scores there are still returned).
     """
 
@@ -55,21 +56,37 @@ class Probe:
             parameter.requires_grad_(True)
         return twin, named_parameters(twin, self.params)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.params.values())).device
+
     def batch_list(self, name: str) -> list[Any]:
-        """The batches.
+        """The batches, on the device of the weights.
 
         Raises:
             InputError: there are none, or no loss, and the score `name` needs them.
         """
-        batches = list(self.batches)
+        batches = [to_device(batch, self.device) for batch in self.batches]
         if not batches or self.loss is None:
             raise InputError("saliency", name, "a task with training data: this score needs it")
         return batches
 
     def batch_loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The loss of one batch; batches are copied, so the loader's tensors stay leaves."""
+        """The loss of one batch."""
         assert self.loss is not None
         return self.loss(model, batch)
+
+    @contextmanager
+    def own_randomness(self) -> Iterator[None]:
+        """Dropout draws from a stream of `generator`; torch's generators stay as they were."""
+        with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
+            torch.manual_seed(_drawn_seed(self.generator) if self.generator is not None else 0)
+            yield
+
+
+def _drawn_seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (1,), generator=generator).item())
 
 
 def magnitude(probe: Probe) -> dict[str, Tensor]:
@@ -81,8 +98,8 @@ def random(probe: Probe) -> dict[str, Tensor]:
     """Uniform on [0, 1), one stream per tensor name."""
     require(probe.generator is not None, "generator", None, "a torch.Generator")
     assert probe.generator is not None
-    base = torch.randint(2**62, (1,), generator=probe.generator).item()
-    return {name: uniform_like(p, int(base), name).to(p.device) for name, p in probe.params.items()}
+    base = _drawn_seed(probe.generator)
+    return {name: uniform_like(p, base, name).to(p.device) for name, p in probe.params.items()}
 
 
 def uniform_like(tensor: Tensor, seed: int, name: str) -> Tensor:
@@ -97,8 +114,9 @@ def weight_gradient(probe: Probe) -> dict[str, Tensor]:
     """|w · ∂L/∂w| with the gradient of the mean loss over all batches (first-order Taylor)."""
     batches = probe.batch_list("weight-gradient")
     twin, weights = probe.copy()
-    for batch in batches:
-        (probe.batch_loss(twin, batch) / len(batches)).backward()
+    with probe.own_randomness():
+        for batch in batches:
+            (probe.batch_loss(twin, batch) / len(batches)).backward()
     return {n: (w.detach() * _gradient(n, w)).abs() for n, w in weights.items()}
 
 
@@ -124,16 +142,18 @@ def grasp(probe: Probe, temperature: float = 200.0) -> dict[str, Tensor]:
     cooled = _Cooled(twin, temperature)
     tensors = list(weights.values())
     gradient = [torch.zeros_like(w) for w in tensors]
-    for batch in batches:
-        parts = torch.autograd.grad(probe.batch_loss(cooled, batch), tensors, allow_unused=True)
-        for total, part in zip(gradient, parts, strict=True):
-            if part is not None:
-                total += part
-    for batch in batches:
-        loss = probe.batch_loss(cooled, batch)
-        parts = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
-        terms = [(g * p).sum() for g, p in zip(gradient, parts, strict=True) if p is not None]
-        torch.stack(terms).sum().backward()
+    with probe.own_randomness():
+        for batch in batches:
+            loss = probe.batch_loss(cooled, batch)
+            parts = torch.autograd.grad(loss, tensors, allow_unused=True)
+            for total, part in zip(gradient, parts, strict=True):
+                if part is not None:
+                    total += part
+        for batch in batches:
+            loss = probe.batch_loss(cooled, batch)
+            parts = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
+            terms = [(g * p).sum() for g, p in zip(gradient, parts, strict=True) if p is not None]
+            torch.stack(terms).sum().backward()
     scores = {n: w.detach() * _gradient(n, w) for n, w in weights.items()}
     norm = abs(float(sum(s.double().sum() for s in scores.values()))) + 1e-10
     return {name: score / norm for name, score in scores.items()}
@@ -172,7 +192,7 @@ def synflow(probe: Probe) -> dict[str, Tensor]:
         if probe.masks is not None:
             for name, mask in probe.masks.items():
                 weights[name].mul_(mask)
-    total_output(twin, _ones(probe.example_inputs)).backward()
+    total_output(twin, _ones(to_device(probe.example_inputs, probe.device))).backward()
     return {n: (w.detach() * _gradient(n, w)).abs() for n, w in weights.items()}
 
 

@@ -86,6 +86,10 @@ class Cubic(Schedule):
 
     power: float = 3.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.power > 0, "power", self.power, "above 0")
+
     def ramp(self, progress: float) -> float:
         return 1 - (1 - progress) ** self.power
 

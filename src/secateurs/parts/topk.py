@@ -3,7 +3,7 @@
 Nothing is concatenated and nothing is sorted whole. For large inputs a sample of the scores
 brackets the wanted one; one pass counts what lies above the bracket and gathers what lies
 inside it, and the exact answer is found among the few gathered. Memory beyond the input is a
-few chunks and about five bytes for each hundred scores.
+few chunks and, for n scores, a small multiple of n^(2/3).
 
 The tie rule: among equal scores, the earlier tensor and the lower index in it are kept first.
 """
@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import accumulate
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -24,14 +24,16 @@ from secateurs.errors import require
 Transform = Callable[[Tensor], Tensor]
 _Comparison = Callable[..., Tensor]
 
-SMALL = 1 << 22
-"""Up to this many scores (16 MB in float32) are simply put side by side."""
-SAMPLE = 1 << 17
-"""Scores in the sample at least; beyond 2^27 scores it is one in 1024 of them."""
-SPREADS = (4.0, 16.0)
+SMALL = 1 << 17
+"""Up to this many scores are simply put side by side."""
+SAMPLED = 2 / 3
+"""A sample of n^SAMPLED scores; at 2/3 the sample and what it leaves to gather grow alike."""
+SPREADS = (3.0, 12.0)
 """Half-widths of the brackets to try, in standard deviations of a rank in the sample."""
-CHUNK = 1 << 19
-"""Scores read at once on a CPU, to stay in its cache; an accelerator reads 32 times as many."""
+GATHERED = 16
+"""Up to this many times the size of the sample is gathered; 3 times is usual."""
+CHUNK = 1 << 20
+"""Scores read at once on a CPU, to stay in its cache; an accelerator reads 16 times as many."""
 WORD = 8
 """Bytes of a mask that are looked at as one integer when few of them are set."""
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -66,7 +68,7 @@ def find_cut(tensors: Sequence[Tensor], keep: int, transform: Transform = identi
         return Cut(math.inf, 0)
     scores = _Scores(tensors, transform)
     if total <= SMALL:
-        return _cut_among(scores.side_by_side(), keep)
+        return _cut_side_by_side(scores, keep)
     return _cut_by_sample(scores, keep) or _cut_by_halving(scores, keep)
 
 
@@ -98,18 +100,19 @@ def masks_above(
     return masks
 
 
-def _cut_among(scores: Tensor, keep: int) -> Cut:
-    """The cut among scores that lie side by side."""
-    value = scores.kthvalue(len(scores) - keep + 1).values.item()
-    return Cut(value, keep - int((scores > value).sum()))
+def _cut_side_by_side(scores: _Scores, keep: int) -> Cut:
+    """The cut among so few scores that they can be copied."""
+    flat = scores.side_by_side()
+    value = flat.kthvalue(len(flat) - keep + 1).values.item()
+    return Cut(value, keep - int((flat > value).sum()))
 
 
 def _cut_by_sample(scores: _Scores, keep: int) -> Cut | None:
     """The cut, found where a sample tells that it should be; None if the sample misled."""
-    sample = scores.sample(max(SAMPLE, scores.total >> 10))
+    sample = scores.sample(math.ceil(scores.total**SAMPLED))
     for spread in SPREADS:
         low, high = _bracket(sample, keep / scores.total, spread)
-        cut = _cut_in_bracket(scores, keep, low, high)
+        cut = _cut_in_bracket(scores, keep, low, high, GATHERED * len(sample))
         if cut is not None:
             return cut
     return None
@@ -117,28 +120,28 @@ def _cut_by_sample(scores: _Scores, keep: int) -> Cut | None:
 
 def _bracket(sample: Tensor, share: float, spread: float) -> tuple[float, float]:
     """Two scores; the one that has the `share` above it is very likely between them."""
-    rank = len(sample) * (1 - share)
-    margin = spread * (1 + math.sqrt(rank * share))
-    lower, upper = math.floor(rank - margin), math.ceil(rank + margin)
-    low = sample.kthvalue(lower).values.item() if lower >= 1 else -math.inf
-    high = sample.kthvalue(upper).values.item() if upper <= len(sample) else math.inf
+    rank = len(sample) * share
+    margin = spread * (1 + math.sqrt(rank * (1 - share)))
+    upper, lower = math.floor(rank - margin), math.ceil(rank + margin)
+    high = find_cut([sample], upper).value if upper >= 1 else math.inf
+    low = find_cut([sample], lower).value if lower <= len(sample) else -math.inf
     return low, high
 
 
-def _cut_in_bracket(scores: _Scores, keep: int, low: float, high: float) -> Cut | None:
-    """The cut if it is between `low` and `high` or at one of them.
+def _cut_in_bracket(scores: _Scores, keep: int, low: float, high: float, most: int) -> Cut | None:
+    """The cut if it is between `low` and `high`, where `most` scores may lie, or at one of them.
 
     Scores equal to an end are counted but never gathered, which bounds the memory under heavy
     ties: a value that would fill the bracket is so frequent in the sample that it is an end.
     """
     if low == high:
         return _cut_at(scores, keep, low)
-    split = scores.split(low, high)
+    split = scores.split(low, high, min(most, scores.total // 2))
     if split is None:
         return None
     reached, inside = split
     if reached < keep <= reached + len(inside):
-        return _cut_among(inside, keep - reached)
+        return find_cut([inside], keep - reached)
     return _cut_at(scores, keep, high if keep <= reached else low)
 
 
@@ -185,11 +188,11 @@ class _Scores:
         with torch.device("cpu"):
             draws = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.double)
             places = (draws + torch.arange(size)).mul_(self.total / size).long()
-            stops = list(accumulate(t.numel() for t in self._tensors))
-            shares = places.clamp_(max=self.total - 1).tensor_split(
-                torch.searchsorted(places, torch.tensor(stops[:-1]))
-            )
-        starts = [0, *stops[:-1]]
+            places.clamp_(max=self.total - 1)
+            sizes = torch.tensor([t.numel() for t in self._tensors])
+            stops = sizes.cumsum(0)
+            shares = places.tensor_split(torch.searchsorted(places, stops[:-1]))
+        starts = (stops - sizes).tolist()
         return self._joined(
             self._transform(tensor.take((share - start).to(tensor.device)))
             for tensor, share, start in zip(self._tensors, shares, starts, strict=True)
@@ -197,22 +200,17 @@ class _Scores:
 
     def count(self, comparison: _Comparison, value: float) -> int:
         """How many compare like that with `value`."""
-        return sum(
-            int(desk.compare(comparison, value).sum())
-            for tensor in self._tensors
-            for desk in self.read(tensor)
-        )
+        return sum(int(desk.compare(comparison, value).sum()) for desk in self._all())
 
-    def split(self, low: float, high: float) -> tuple[int, Tensor] | None:
-        """How many reach `high`, and those strictly between; None if these are too many."""
-        reached, inside, room = 0, [], max(2 * SMALL, self.total >> 7)
-        for tensor in self._tensors:
-            for desk in self.read(tensor):
-                count, found = desk.split(low, high)
-                reached, room = reached + count, room - len(found)
-                if room < 0:
-                    return None
-                inside.append(found)
+    def split(self, low: float, high: float, most: int) -> tuple[int, Tensor] | None:
+        """How many reach `high`, and those strictly between; None if these are over `most`."""
+        reached, inside, room = 0, [], most
+        for desk in self._all():
+            count, found = desk.split(low, high)
+            reached, room = reached + count, room - len(found)
+            if room < 0:
+                return None
+            inside.append(found)
         return reached, self._joined(inside)
 
     def read(self, tensor: Tensor) -> Iterator[_Desk]:
@@ -222,16 +220,19 @@ class _Scores:
             desk.lay(chunk, self._transform)
             yield desk
 
+    def _all(self) -> Iterator[_Desk]:
+        return chain.from_iterable(map(self.read, self._tensors))
+
     def _desk_on(self, device: torch.device) -> _Desk:
         if device not in self._desks:
-            most = CHUNK if device.type == "cpu" else CHUNK << 5
+            most = CHUNK if device.type == "cpu" else CHUNK << 4
             largest = max((t.numel() for t in self._tensors if t.device == device), default=0)
             self._desks[device] = _Desk(min(most, largest), self.dtype, device)
         return self._desks[device]
 
     def _joined(self, parts: Iterable[Tensor]) -> Tensor:
-        home = self._tensors[0].device
-        return torch.cat([part.to(home, self.dtype) for part in parts])
+        """Few scores side by side, on the CPU, where that is fast and always deterministic."""
+        return torch.cat([part.to("cpu", self.dtype) for part in parts])
 
 
 class _Desk:
@@ -253,8 +254,8 @@ class _Desk:
         """Put the scores of a chunk on the desk."""
         self.filled = chunk.numel()
         scores = self._scores[: self.filled].view(chunk.shape)
-        if transform is torch.abs:  # the usual one; a result of its own would double the time
-            torch.abs(chunk, out=scores)
+        if transform is torch.abs and chunk.dtype == scores.dtype:
+            torch.abs(chunk, out=scores)  # the usual case, spared the allocation of a result
         else:
             scores.copy_(transform(chunk))
         self._scores[self.filled : self._padded].fill_(math.nan)

@@ -126,6 +126,8 @@ class Tracker:
 
     def event(self, kind: str, values: dict[str, Any]) -> None:
         """Send the numbers of an event, under the name of the step they belong to."""
+        if kind == "done":
+            return
         at = "/".join(filter(None, (values["at"], str(values.get("stage", "")))))
         numbers = {
             f"{at or kind}/{key}": value

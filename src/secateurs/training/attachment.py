@@ -12,6 +12,7 @@ from secateurs.method import TrainingPruner, masked_outcome, weights_to_keep
 from secateurs.parts.budgets import Budget
 from secateurs.parts.masks import Masks
 from secateurs.state import Tree
+from secateurs.task import to_device
 from secateurs.training.keeping import MaskKeeper
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ class Attachment(MaskKeeper):
         self.apply()
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.params.values())).device
+
+    @property
     def sparsity(self) -> float:
         """The sparsity that the budget asks for."""
         return 1 - self.keep / self.masks.total
@@ -90,13 +96,13 @@ class Attachment(MaskKeeper):
     def state_dict(self) -> Tree:
         return {
             **super().state_dict(),
-            "extra": self.extra,
+            "extra": to_device(self.extra, self.device),
             "generator": self.generator.get_state(),
             "finished": self.finished,
         }
 
     def load_state_dict(self, state: Tree) -> None:
         super().load_state_dict(state)
-        self.extra = state["extra"]
+        self.extra = to_device(state["extra"], self.device)
         self.generator.set_state(state["generator"])
         self.finished = state["finished"]

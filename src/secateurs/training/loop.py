@@ -131,6 +131,7 @@ def fit(
     if optimizer_state is not None:
         optimizer.load_state_dict(optimizer_state)
     hooks = attach(model, optimizer, total) if attach is not None else ()
+    own_forward = "forward" in vars(model)
 
     def snapshot() -> Tree:
         return {
@@ -190,6 +191,8 @@ def fit(
             on_end(optimizer)
     finally:
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        if not own_forward:
+            vars(model).pop("forward", None)  # Accelerate leaves it bound to the instance
         for hook in hooks:
             hook.remove()
     return history

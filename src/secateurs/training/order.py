@@ -6,14 +6,15 @@ A loader that shuffles is re-made with a sampler whose permutation of epoch e de
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
-from secateurs.errors import InputError, described
+from secateurs.errors import InputError, described, require
 
 
 def mix(*parts: int) -> int:
@@ -27,7 +28,15 @@ def mix(*parts: int) -> int:
     return state >> 1
 
 
-class SeededBatches(Sampler[list[int]]):
+class Indices(list[int]):
+    """The indices of a batch, and the seed of whatever its samples draw."""
+
+    def __init__(self, indices: Iterable[int], seed: int) -> None:
+        super().__init__(indices)
+        self.seed = seed
+
+
+class SeededBatches(Sampler[Indices]):
     """Batches of indices of one epoch, from `first` on, for one of several processes.
 
     Every process takes its share of each global batch, so the global batches are the same
@@ -50,7 +59,7 @@ class SeededBatches(Sampler[list[int]]):
         self.shuffle, self.drop_last, self.first = shuffle, drop_last, first
         self.rank, self.world = rank, world
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Indices]:
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed)
             order = torch.randperm(self.length, generator=generator).tolist()
@@ -59,7 +68,8 @@ class SeededBatches(Sampler[list[int]]):
         for batch in range(self.first, self.batches):
             whole = order[batch * self.size : (batch + 1) * self.size]
             # a process without a share repeats a sample, which `share` then weighs with 0
-            yield whole[self.rank :: self.world] or whole[:1]
+            own = whole[self.rank :: self.world] or whole[:1]
+            yield Indices(own, mix(self.seed, batch, self.rank))
 
     @property
     def batches(self) -> int:
@@ -100,32 +110,37 @@ def batches_from(
 ) -> Iterator[tuple[Any, float]]:
     """Endless (batch, loss weight) pairs of a training, beginning at update number `step`.
 
-    Loaders with a sampler of their own kind are read as they are, from the start of the epoch.
+    What the data set or the collation draws from torch's generator (augmentation) depends on
+    the seed and the step alone, and the generator is left as it was. Loaders with a sampler of
+    their own kind and streams are read as they are, from the start of the epoch.
     """
-    per_epoch = steps_per_epoch(loader)
-    epoch, first = divmod(step, per_epoch)
+    if not _can_be_ordered(loader):
+        for batch in _as_given(loader, seed, step):
+            yield batch, 1.0
+        return
+    epoch, first = divmod(step, steps_per_epoch(loader))
     while True:
-        ordered = _ordered(loader, mix(seed, epoch), first, rank, world)
-        if ordered is None:
-            for batch in islice(loader, first, None):
-                yield batch, 1.0
-        else:
-            sampler = ordered.batch_sampler
-            assert isinstance(sampler, SeededBatches)
-            for position, batch in enumerate(ordered, start=first):
-                yield batch, sampler.share(position)
+        ordered, sampler = _ordered(loader, mix(seed, epoch), first, rank, world)
+        for position, batch in enumerate(ordered, start=first):
+            yield batch, sampler.share(position)
         epoch, first = epoch + 1, 0
+
+
+def _can_be_ordered(loader: DataLoader[Any]) -> bool:
+    """Whether an epoch is each sample of the data set once, shuffled or not."""
+    sampler = loader.sampler
+    if loader.batch_size is None or not isinstance(sampler, RandomSampler | SequentialSampler):
+        return False
+    drawn_again = isinstance(sampler, RandomSampler) and sampler.replacement
+    return not drawn_again and len(sampler) == len(loader.dataset)  # type: ignore[arg-type]
 
 
 def _ordered(
     loader: DataLoader[Any], seed: int, first: int, rank: int, world: int
-) -> DataLoader[Any] | None:
-    plain = isinstance(loader.sampler, RandomSampler | SequentialSampler)
-    if not plain or loader.batch_size is None:
-        return None
-    dataset: Sequence[Any] = loader.dataset  # type: ignore[assignment]
+) -> tuple[DataLoader[Any], SeededBatches]:
+    assert loader.batch_size is not None
     batches = SeededBatches(
-        len(dataset),
+        len(loader.dataset),  # type: ignore[arg-type]
         loader.batch_size,
         seed,
         shuffle=isinstance(loader.sampler, RandomSampler),
@@ -134,12 +149,69 @@ def _ordered(
         rank=rank,
         world=world,
     )
-    return DataLoader(
-        loader.dataset,
+    ordered: DataLoader[Any] = DataLoader(
+        _SeededBatchReads(loader),
         batch_sampler=batches,
         num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
+        collate_fn=_as_it_is,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         generator=torch.Generator().manual_seed(seed),
     )
+    return ordered, batches
+
+
+class _SeededBatchReads(Dataset[Any]):
+    """The data set of a loader, read and collated a batch at a time under the batch's seed.
+
+    So it does not matter which worker process reads the batch, or what was read before.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.dataset: Any = loader.dataset
+        self.collate = loader.collate_fn
+
+    def __getitems__(self, indices: Indices) -> Any:
+        with _drawing_from(indices.seed):
+            if hasattr(self.dataset, "__getitems__"):
+                return self.collate(self.dataset.__getitems__(indices))
+            return self.collate([self.dataset[index] for index in indices])
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _as_given(loader: DataLoader[Any], seed: int, step: int) -> Iterator[Any]:
+    """Batches in the loader's own order; what it draws, it draws from (seed, epoch, batch)."""
+    epoch, skip = 0, step
+    if _has_length(loader):
+        epoch, skip = divmod(step, steps_per_epoch(loader))
+    for number in count(epoch):
+        with _drawing_from(mix(seed, number)):
+            batches = iter(loader)
+        for position in count():
+            with _drawing_from(mix(seed, number, position)):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            if skip:
+                skip -= 1
+            else:
+                yield batch
+        require(position > 0, "task.train", described("an empty loader"), "at least one batch")
+
+
+def _has_length(loader: DataLoader[Any]) -> bool:
+    try:
+        return len(loader) >= 0
+    except TypeError:
+        return False
+
+
+@contextmanager
+def _drawing_from(seed: int) -> Iterator[None]:
+    """Torch's generator for the CPU at a seed, given back as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -58,15 +58,9 @@ def minimum_threshold(
     Raises:
         InputError: no such allocation exists.
     """
-    total = sum(size.values())
     removed = sum(sparsity[n] * size[n] for n in size)
+    check_floor(size, removed, floor)
     cap = {n: max(0.0, 1 - floor / size[n]) for n in size}
-    reachable = sum(cap[n] * size[n] for n in size)
-    if removed > reachable * (1 + 1e-12):
-        raise InputError(
-            "min_weights", floor, f"a floor that leaves room: at {floor} weights a layer the "
-            f"largest sparsity is {reachable / total:.6g}"
-        )  # fmt: skip
     capped: set[str] = set()
     while True:
         left = removed - sum(cap[n] * size[n] for n in capped)
@@ -79,15 +73,34 @@ def minimum_threshold(
     return {n: cap[n] if n in capped else scale * sparsity[n] for n in size}
 
 
+def check_floor(size: Mapping[str, int], removed: float, floor: int) -> None:
+    """Raise `InputError` unless `removed` weights can go and `floor` stay in every layer."""
+    reachable = sum(max(0, n - floor) for n in size.values())
+    if removed > reachable * (1 + 1e-12):
+        raise InputError(
+            "min_weights", floor, f"a floor that leaves room: at {floor} weights a layer the "
+            f"largest sparsity is {reachable / sum(size.values()):.6g}"
+        )  # fmt: skip
+
+
 def global_magnitude_masks(
-    params: Mapping[str, Tensor], keep: int, floor: int = 0
+    params: Mapping[str, Tensor],
+    keep: int,
+    floor: int = 0,
+    alive: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Masks that keep exactly `keep` weights of largest magnitude, at least `floor` a layer."""
+    """Masks that keep exactly `keep` weights of largest magnitude, at least `floor` a layer.
+
+    Args:
+        alive: masks of what is still there; whatever is gone stays gone.
+    """
     scores = {name: p.detach().abs() for name, p in params.items()}
+    if alive is not None:
+        scores = {name: s.masked_fill(~alive[name], -1.0) for name, s in scores.items()}
     masks = largest_by_name(scores, keep)
     if floor == 0:
         return masks
-    size = sizes(scores)
+    size = sizes(scores) if alive is None else {n: int(m.sum()) for n, m in alive.items()}
     sparsity = {n: 1 - int(m.sum()) / size[n] for n, m in masks.items()}
     shares = minimum_threshold(sparsity, size, floor)
     counts = counts_from_densities({n: 1 - s for n, s in shares.items()}, size, keep)
@@ -101,6 +114,11 @@ def floor_of(total: int, min_weights: int | None, min_percent: float | None) -> 
     require(min_weights is None or min_weights >= 0, "min_weights", min_weights, "0 or more")
     require(min_percent is None or 0 <= min_percent < 100, "min_percent", min_percent, "0 to 100 %")
     return min_weights or int(total * (min_percent or 0.0) / 100)
+
+
+def official_removal(asked: float) -> int:
+    """How many weights go when the public code is asked for s·N: it keeps the last of them."""
+    return max(int(asked), 1) - 1
 
 
 @register(
@@ -138,7 +156,8 @@ class GlobalMagnitudePruning(Pruner):
         total = sum(p.numel() for p in params.values())
         keep = weights_to_keep(model, params, budget)
         if self.count == "official":
-            keep = total - max(int((1 - keep / total) * total + 1e-9) - 1, 0)
+            asked = budget.value * total if budget.kind == "sparsity" else total - keep
+            keep = total - official_removal(asked)
         floor = floor_of(total, self.min_weights, self.min_percent)
         return masked_outcome(model, Masks(global_magnitude_masks(params, keep, floor)))
 
@@ -169,10 +188,14 @@ class GradualGlobalMagnitudePruning(TrainingPruner):
 
     def start(self, at: Attachment) -> None:
         ramp_steps(self.begin, self.end, self.frequency, at.total_steps)
+        check_floor(sizes(at.params), at.masks.total - at.keep, self._floor(at))
         self._cut(at)
 
     def after_step(self, at: Attachment) -> None:
         self._cut(at)
+
+    def _floor(self, at: Attachment) -> int:
+        return floor_of(at.masks.total, self.min_weights, self.min_percent)
 
     def _cut(self, at: Attachment) -> None:
         begin, end, frequency = ramp_steps(self.begin, self.end, self.frequency, at.total_steps)
@@ -181,6 +204,4 @@ class GradualGlobalMagnitudePruning(TrainingPruner):
             return
         total = at.masks.total
         keep = at.keep if at.step >= end else total - round(schedule(at.step) * total)
-        floor = floor_of(total, self.min_weights, self.min_percent)
-        # what was cut is zero and so ranks last: masks shrink only
-        at.masks.update(global_magnitude_masks(at.params, keep, floor))
+        at.masks.update(global_magnitude_masks(at.params, keep, self._floor(at), at.masks))

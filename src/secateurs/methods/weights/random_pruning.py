@@ -73,8 +73,10 @@ def snip_ratio(
 ) -> dict[str, float]:
     """Density of each layer when SNIP keeps `keep` weights of a freshly drawn copy."""
     twin, weights = Probe(model, params).copy()
-    for weight in weights.values():
-        nn.init.xavier_normal_(weight, generator=generator)
+    with torch.no_grad():
+        for weight in weights.values():
+            # drawn on the CPU, so the same on every device
+            weight.copy_(nn.init.xavier_normal_(torch.empty(weight.shape), generator=generator))
     return kept_shares(snip(Probe(twin, weights, [batch], loss)), keep)
 
 
@@ -182,4 +184,5 @@ class RandomPruning(Pruner):
         gain = nn.init.calculate_gain("leaky_relu", 0.01)
         for weight in params.values():
             fan_in = weight[0].numel()
-            weight.normal_(0.0, gain / math.sqrt(fan_in * density), generator=generator)
+            std = gain / math.sqrt(fan_in * density)
+            weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))

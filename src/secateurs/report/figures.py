@@ -1,0 +1,779 @@
+"""The plots of the report, as plotly figures.
+
+Every figure has transparent backgrounds and neutral greys, so that the page decides between
+light and dark. ``layout.meta["narrow"]`` holds what changes on a narrow screen (a relayout
+patch); ``layout.updatemenus`` become ordinary buttons in the HTML report. Methods differ by
+colour and by marker, in the colour-blind safe hues of Okabe and Ito, darkened where they
+would be too light on white.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from secateurs.errors import InputError, described, require, unknown
+from secateurs.report import numbers
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#C8609B", "#C98500", "#3E9CD6", "#7A5FB5")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down")
+BLUE, ORANGE = PALETTE[0], PALETTE[1]
+GREY = "#8A8F98"
+GRID = "rgba(138, 143, 152, 0.22)"
+FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
+
+MANY_LAYERS = 24
+"""Above this number layers stand side by side without their names."""
+
+CURVE_POINTS = 1200
+"""Points of a learning curve that are drawn; longer ones are thinned."""
+
+LOG_ABOVE = 4.0
+"""Largest over smallest value from which an axis is logarithmic."""
+
+
+def graph_objects() -> Any:
+    """The module `plotly.graph_objects`.
+
+    Raises:
+        InputError: the extra ``report`` is not installed.
+    """
+    try:
+        import plotly.graph_objects as go
+    except ImportError:
+        missing = described("plotly is not installed")
+        raise InputError("report", missing, "pip install 'secateurs[report]'") from None
+    return go
+
+
+# ---------------------------------------------------------------- quality against cost
+
+
+def _density(row: Mapping[str, Any]) -> float:
+    return 100 * (1 - row["sparsity"])
+
+
+def _macs(row: Mapping[str, Any]) -> float:
+    return float(row["effective_macs"])
+
+
+def _latency(row: Mapping[str, Any]) -> float | None:
+    value = row["latency_ms"]
+    return None if value is None else float(value)
+
+
+AXES: dict[str, tuple[str, Callable[[Mapping[str, Any]], float | None]]] = {
+    "density": ("Weights kept", _density),
+    "macs": ("MACs promised", _macs),
+    "latency": ("Milliseconds measured", _latency),
+}
+"""What quality can be drawn against: the label of the button, and the value of a row."""
+
+
+def trade_off(board: Sequence[Mapping[str, Any]], *, x: str | None = None) -> go.Figure:
+    """Quality against cost: a line a method with 95 % intervals, the dense model dashed.
+
+    Buttons switch between weights kept, MACs promised and milliseconds measured. Several
+    tasks stand below each other.
+
+    Args:
+        board: rows of `secateurs.report.leaderboard.leaderboard`.
+        x: the first axis: ``density``, ``macs`` or ``latency``; by default the first of these
+            in which the rows differ.
+
+    Raises:
+        InputError: no rows, an unknown axis, or one that was not measured.
+    """
+    go = graph_objects()
+    require(bool(board), "board", list(board), "at least one row")
+    known = [axis for axis in AXES if all(AXES[axis][1](row) is not None for row in board)]
+    if x is not None and x not in AXES:
+        raise unknown("x", x, AXES)
+    if x is not None and x not in known:
+        raise InputError("x", x, "one of " + ", ".join(known) + ", which were measured")
+    first = x or next((axis for axis in known if _varies(axis, board)), known[0])
+
+    tasks = list(dict.fromkeys(row["task"] for row in board))
+    labels = list(dict.fromkeys(row["label"] for row in board))
+    traces, curves = [], []
+    for panel, task in enumerate(tasks):
+        for label in labels:
+            rows = [r for r in board if r["task"] == task and r["label"] == label]
+            rows.sort(key=_density)
+            if rows:
+                curves.append(rows)
+                style = labels.index(label)
+                traces.append(_method_trace(go, rows, first, style, panel, legend=panel == 0))
+    height = 400 * len(tasks) + 22 * math.ceil(len(labels) / 4)
+    figure = _figure(go, traces, height, margin={"l": 64, "r": 18, "t": 26, "b": 60})
+    domains = _stacked(len(tasks), gap=0.14)
+    for panel, task in enumerate(tasks):
+        rows = [r for r in board if r["task"] == task]
+        suffix = _suffix(panel)
+        metric = rows[0]["metric"]
+        ratio = numbers.is_ratio(metric, rows[0]["mean"])
+        better = "" if rows[0]["higher_is_better"] else " (lower is better)"
+        figure.update_layout(
+            {
+                f"xaxis{suffix}": {**_axis_layout(first, rows), "anchor": f"y{suffix}"},
+                f"yaxis{suffix}": {
+                    **_line_axis(f"{_text(metric)}{better}"),
+                    "domain": domains[panel],
+                    "anchor": f"x{suffix}",
+                    "range": _quality_range(rows, metric),
+                    "tickformat": ".0~%" if ratio else None,
+                },
+            }
+        )
+        _dense_line(figure, rows, metric, suffix)
+        if len(tasks) > 1:
+            figure.add_annotation(
+                text=f"<b>{_text(task)}</b>", x=0, xref=f"x{suffix} domain", xanchor="left",
+                y=1, yref=f"y{suffix} domain", yanchor="bottom", showarrow=False,
+            )  # fmt: skip
+    figure.update_layout(
+        legend=_legend_below(),
+        updatemenus=[_axis_buttons(known, first, curves, tasks, board)] if len(known) > 1 else [],
+        meta={"narrow": {"margin.l": 50, "margin.r": 6}, "wide": {"margin.l": 64, "margin.r": 18}},
+    )
+    return figure
+
+
+def _varies(axis: str, board: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the rows of some task differ by more than a fifth along an axis."""
+    value = AXES[axis][1]
+    for task in {row["task"] for row in board}:
+        values = [v for r in board if r["task"] == task if (v := value(r)) is not None]
+        if min(values) < 0.8 * max(values):
+            return True
+    return False
+
+
+def _method_trace(
+    go: Any,
+    rows: Sequence[Mapping[str, Any]],
+    axis: str,
+    style: int,
+    panel: int,
+    *,
+    legend: bool,
+) -> Any:
+    colour = PALETTE[style % len(PALETTE)]
+    symbol = SYMBOLS[(style + style // len(PALETTE)) % len(SYMBOLS)]
+    halves = [0.0 if r["high"] is None else r["high"] - r["mean"] for r in rows]
+    return go.Scatter(
+        x=[AXES[axis][1](r) for r in rows],
+        y=[r["mean"] for r in rows],
+        error_y={"array": halves, "thickness": 1.2, "width": 4, "color": colour},
+        name=_text(rows[0]["label"]),
+        legendgroup=_text(rows[0]["label"]),
+        showlegend=legend,
+        mode="lines+markers",
+        line={"color": colour, "width": 2, "dash": "solid" if style < len(PALETTE) else "dot"},
+        marker={"color": colour, "size": 8, "symbol": symbol},
+        hovertext=[_hover(r) for r in rows],
+        hoverinfo="text",
+        xaxis=f"x{_suffix(panel)}",
+        yaxis=f"y{_suffix(panel)}",
+    )
+
+
+def _hover(row: Mapping[str, Any]) -> str:
+    half = None if row["high"] is None else row["high"] - row["mean"]
+    quality = numbers.quality_interval(row["mean"], half, row["metric"], 2)
+    seeds = "1 seed" if row["seeds"] == 1 else f"{row['seeds']} seeds"
+    lines = [
+        f"<b>{_text(row['label'])}</b>, {_text(row['budget'])}",
+        f"{_text(row['metric'])} {quality} ({seeds})",
+        f"{numbers.count(row['nonzero'])} weights, {numbers.share(1 - row['sparsity'])}",
+        f"{numbers.count(row['effective_macs'])} MACs promised",
+    ]
+    if row["latency_ms"] is not None:
+        lines.append(f"{numbers.milliseconds(row['latency_ms'])} measured")
+    return "<br>".join(lines)
+
+
+def _axis_layout(axis: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Title, scale and ticks of a cost axis over the given rows."""
+    title, value = AXES[axis]
+    values = [v for row in rows if (v := value(row)) is not None]
+    low, high = min(values), max(values)
+    logarithmic = low > 0 and high / low >= LOG_ABOVE
+    layout: dict[str, Any] = {**_line_axis(title), "type": "log" if logarithmic else "linear"}
+    if logarithmic:
+        margin = 0.06 * math.log10(high / low)
+        layout["range"] = [math.log10(low) - margin, math.log10(high) + margin]
+        layout |= {"tickmode": "array", **_log_ticks(low, high, axis)}
+        return layout
+    layout["range"] = [0, 1.08 * high]
+    layout |= {"tickmode": "auto", "tickvals": None, "ticktext": None}
+    layout["ticksuffix"] = " %" if axis == "density" else ""
+    layout["tickformat"] = "~s" if axis == "macs" else ""
+    return layout
+
+
+def _log_ticks(low: float, high: float, axis: str) -> dict[str, Any]:
+    """1, 2 and 5 of every decade, or only its 1 where there are many."""
+    digits = (1, 2, 5) if high / low < 1e3 else (1,)
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    ticks = [d * 10.0**e for e in decades for d in digits]
+    ticks = [t for t in ticks if low / 1.2 <= t <= high * 1.2]
+    text = [f"{t:g} %" if axis == "density" else numbers.count(t) for t in ticks]
+    return {"tickvals": ticks, "ticktext": text, "ticksuffix": "", "tickformat": ""}
+
+
+def _axis_buttons(
+    known: Sequence[str],
+    first: str,
+    curves: Sequence[Sequence[Mapping[str, Any]]],
+    tasks: Sequence[str],
+    board: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Small buttons that put another cost on the horizontal axes."""
+    buttons = []
+    for axis in known:
+        title, value = AXES[axis]
+        changes: dict[str, Any] = {}
+        for panel, task in enumerate(tasks):
+            layout = _axis_layout(axis, [r for r in board if r["task"] == task])
+            changes[f"xaxis{_suffix(panel)}.title.text"] = layout.pop("title")["text"]
+            for key in ("type", "range", "tickmode", "tickvals", "ticktext", "ticksuffix",
+                        "tickformat"):  # fmt: skip
+                changes[f"xaxis{_suffix(panel)}.{key}"] = layout.get(key)
+        xs = [[value(row) for row in rows] for rows in curves]
+        buttons.append({"label": title, "method": "update", "args": [{"x": xs}, changes]})
+    return {
+        "type": "buttons",
+        "direction": "right",
+        "active": list(known).index(first),
+        "buttons": buttons,
+        "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "pad": {"b": 6},
+    }  # fmt: skip
+
+
+def _quality_range(rows: Sequence[Mapping[str, Any]], metric: str) -> list[float]:
+    values = [r[key] for r in rows for key in ("mean", "low", "high", "dense_quality")]
+    finite = [v for v in values if v is not None and math.isfinite(v)]
+    if not finite:
+        return [0.0, 1.0]
+    low, high = min(finite), max(finite)
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    low, high = low - margin, high + margin
+    if all(numbers.is_ratio(metric, r["mean"]) for r in rows):
+        low, high = max(low, 0.0), min(high, 1.0 + 0.3 * margin)
+    return [low, high]
+
+
+def _dense_line(
+    figure: Any, rows: Sequence[Mapping[str, Any]], metric: str, suffix: str
+) -> None:
+    known = [r["dense_quality"] for r in rows if r["dense_quality"] is not None]
+    if not known:
+        return
+    value = sum(known) / len(known)
+    figure.add_shape(
+        type="line", x0=0, x1=1, xref=f"x{suffix} domain", y0=value, y1=value,
+        yref=f"y{suffix}", line={"color": GREY, "width": 1.4, "dash": "dash"}, layer="below",
+    )  # fmt: skip
+    figure.add_annotation(
+        text=f"dense {numbers.quality(value, metric)}", x=1, xref=f"x{suffix} domain",
+        xanchor="right", y=value, yref=f"y{suffix}", yanchor="bottom", showarrow=False,
+        font={"color": GREY, "size": 12},
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- promised and measured
+
+
+def promised_and_measured(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """MACs as counted beside the milliseconds that a forward pass really took.
+
+    Args:
+        rows: ``label``; ``macs`` without those on zeros; ``latency`` as the plain values of a
+            `secateurs.parts.costs.Latency`, or None where nothing was timed. A row labelled
+            ``dense`` is drawn in grey.
+    """
+    go = graph_objects()
+    require(bool(rows), "rows", list(rows), "at least one row")
+    names = [_text(row["label"]) for row in rows]
+    # several rows may share a label, so positions are numbers and labels are tick texts
+    places = list(range(len(rows)))
+    colours = [GREY if row["label"] == "dense" else BLUE for row in rows]
+    macs = [float(row["macs"]) for row in rows]
+    timings = [row["latency"] for row in rows]
+    medians = [0.0 if t is None else t["median"] for t in timings]
+    timed = [
+        "not timed" if t is None else numbers.milliseconds(t["median"]) for t in timings
+    ]
+    spans = {
+        "array": [0 if t is None else t["high"] - t["median"] for t in timings],
+        "arrayminus": [0 if t is None else t["median"] - t["low"] for t in timings],
+    }
+    bar = {"orientation": "h", "y": places, "textposition": "outside", "cliponaxis": False}
+    traces = [
+        go.Bar(
+            x=macs, text=[numbers.count(m) for m in macs], marker={"color": colours},
+            hovertext=[f"{n}: {numbers.count(m)} MACs" for n, m in zip(names, macs, strict=True)],
+            hoverinfo="text", xaxis="x", yaxis="y", **bar,
+        ),
+        go.Bar(
+            x=medians, text=timed, marker={"color": colours},
+            error_x={
+                "type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
+                "color": GREY, **spans,
+            },
+            hovertext=[f"{n}: {t}" for n, t in zip(names, timed, strict=True)],
+            hoverinfo="text", xaxis="x2", yaxis="y2", **bar,
+        ),
+    ]  # fmt: skip
+    height = 92 + 30 * len(rows)
+    figure = _figure(go, traces, height, margin={"l": 20, "r": 12, "t": 34, "b": 8})
+    ticks = {"tickmode": "array", "tickvals": places, "ticktext": [_elided(n, 26) for n in names]}
+    side = {
+        "range": [len(rows) - 0.4, -0.6], "showgrid": False, "automargin": True, "zeroline": False,
+    }  # fmt: skip
+    longest = max([0.0] + [t["high"] for t in timings if t is not None])
+    hidden = {"showticklabels": False, "showgrid": False, "zeroline": False, "fixedrange": True}
+    figure.update_layout(
+        xaxis={**hidden, "domain": [0, 0.46], "range": [0, 1.3 * max([*macs, 1e-9])]},
+        xaxis2={**hidden, "domain": [0.54, 1], "anchor": "y2", "range": [0, 1.3 * longest or 1]},
+        yaxis={**side, **ticks, "fixedrange": True},
+        yaxis2={**side, **ticks, "anchor": "x2", "showticklabels": False, "fixedrange": True},
+        bargap=0.45,
+        annotations=[
+            _heading("MACs promised", "x", "y"),
+            _heading("Milliseconds measured", "x2", "y2"),
+        ],
+        meta={
+            "narrow": {
+                "height": 120 + 60 * len(rows), "xaxis.domain": [0, 1], "xaxis2.domain": [0, 1],
+                "yaxis.domain": [0.56, 1], "yaxis2.domain": [0, 0.44],
+                "yaxis2.showticklabels": True,
+            },
+            "wide": {
+                "height": height, "xaxis.domain": [0, 0.46], "xaxis2.domain": [0.54, 1],
+                "yaxis.domain": [0, 1], "yaxis2.domain": [0, 1], "yaxis2.showticklabels": False,
+            },
+        },
+    )  # fmt: skip
+    return figure
+
+
+def _heading(text: str, x: str, y: str) -> dict[str, Any]:
+    return {
+        "text": f"<b>{text}</b>", "x": 0, "xref": f"{x} domain", "xanchor": "left",
+        "y": 1, "yref": f"{y} domain", "yanchor": "bottom", "yshift": 6, "showarrow": False,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- layers
+
+
+def layer_bars(layers: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Share of kept weights by layer, with the overall share as a dashed line.
+
+    Up to `MANY_LAYERS` layers are rows with their names; more stand side by side in network
+    order, with names on hover. Layers that lost everything are marked with a cross.
+
+    Args:
+        layers: ``name``, ``kept`` and ``total`` each, as `Outcome.layers` gives them.
+
+    Raises:
+        InputError: no layers.
+    """
+    go = graph_objects()
+    require(bool(layers), "layers", list(layers), "at least one masked layer")
+    shares = [100 * row["kept"] / max(row["total"], 1) for row in layers]
+    total = sum(row["total"] for row in layers)
+    overall = 100 * sum(row["kept"] for row in layers) / max(total, 1)
+    hover = [
+        f"<b>{_text(row['name'])}</b><br>{numbers.share(value / 100)} kept: "
+        f"{numbers.plain(int(row['kept']))} of {numbers.plain(int(row['total']))}"
+        for row, value in zip(layers, shares, strict=True)
+    ]
+    top = min(max([*shares, overall]) * 1.04 or 1.0, 104.0)
+    note = f"all layers {numbers.share(overall / 100)}"
+    if len(layers) <= MANY_LAYERS:
+        return _few_layers(go, layers, shares, hover, overall, top, note)
+    return _many_layers(go, shares, hover, overall, top, note)
+
+
+def _few_layers(
+    go: Any,
+    layers: Sequence[Mapping[str, Any]],
+    shares: Sequence[float],
+    hover: Sequence[str],
+    overall: float,
+    top: float,
+    note: str,
+) -> go.Figure:
+    places = list(range(len(layers)))
+    bars = go.Bar(
+        x=shares, y=places, orientation="h", marker={"color": BLUE},
+        text=[f"{numbers.share(s / 100)}" if s else "emptied" for s in shares],
+        textposition="outside", cliponaxis=False, hovertext=hover, hoverinfo="text",
+    )  # fmt: skip
+    height = 84 + 28 * len(layers)
+    figure = _figure(go, [bars], height, margin={"l": 20, "r": 20, "t": 28, "b": 34})
+    names = [_text(_elided(str(row["name"]), 34)) for row in layers]
+    figure.update_layout(
+        bargap=0.4,
+        xaxis={**_line_axis(""), "range": [0, 1.14 * top], "ticksuffix": " %", "nticks": 6},
+        yaxis={
+            "tickmode": "array", "tickvals": places, "ticktext": names, "showgrid": False,
+            "range": [len(layers) - 0.4, -0.6], "automargin": True, "zeroline": False,
+            "fixedrange": True,
+        },
+    )  # fmt: skip
+    _emptied(figure, go, [(0.0, p, h) for p, s, h in zip(places, shares, hover, strict=True)
+                          if not s])  # fmt: skip
+    figure.add_shape(
+        type="line", x0=overall, x1=overall, y0=0, y1=1, yref="paper",
+        line={"color": GREY, "width": 1.4, "dash": "dash"},
+    )  # fmt: skip
+    figure.add_annotation(
+        text=note, x=overall, y=1, yref="paper", yanchor="bottom", showarrow=False,
+        xanchor="left" if overall < 0.6 * top else "right", font={"color": GREY, "size": 12},
+    )  # fmt: skip
+    return figure
+
+
+def _many_layers(
+    go: Any,
+    shares: Sequence[float],
+    hover: Sequence[str],
+    overall: float,
+    top: float,
+    note: str,
+) -> go.Figure:
+    places = list(range(1, len(shares) + 1))
+    bars = go.Bar(
+        x=places, y=shares, marker={"color": BLUE, "line": {"width": 0}},
+        hovertext=hover, hoverinfo="text",
+    )  # fmt: skip
+    figure = _figure(go, [bars], 320, margin={"l": 56, "r": 14, "t": 28, "b": 48})
+    figure.update_layout(
+        bargap=0.25,
+        xaxis={**_line_axis("Layer, in the order of the network"), "showgrid": False,
+               "range": [0.4, len(shares) + 0.6]},
+        yaxis={**_line_axis("Weights kept"), "range": [0, 1.04 * top], "ticksuffix": " %"},
+        hovermode="x",
+        meta={"narrow": {"margin.l": 46, "margin.r": 4}, "wide": {"margin.l": 56, "margin.r": 14}},
+    )  # fmt: skip
+    _emptied(figure, go, [(p, 0.0, h) for p, s, h in zip(places, shares, hover, strict=True)
+                          if not s])  # fmt: skip
+    figure.add_shape(
+        type="line", x0=0, x1=1, xref="paper", y0=overall, y1=overall,
+        line={"color": GREY, "width": 1.4, "dash": "dash"},
+    )  # fmt: skip
+    figure.add_annotation(
+        text=note, x=1, xref="paper", xanchor="right", y=1, yref="paper", yanchor="bottom",
+        showarrow=False, font={"color": GREY, "size": 12},
+    )  # fmt: skip
+    return figure
+
+
+def _emptied(figure: Any, go: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Orange crosses where nothing is left."""
+    if points:
+        x, y, hover = zip(*points, strict=True)
+        figure.add_trace(
+            go.Scatter(
+                x=x, y=y, mode="markers", cliponaxis=False, hovertext=hover, hoverinfo="text",
+                marker={"symbol": "x", "size": 8, "color": ORANGE},
+            )
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- history
+
+
+def has_rounds(history: Sequence[Mapping[str, Any]], metric: str) -> bool:
+    """Whether a history tells quality and density of at least two rounds."""
+    return len(_rounds(history, metric)) >= 2
+
+
+def _rounds(history: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, Any]]:
+    return [r for r in history if r.get("density") and isinstance(r.get(metric), int | float)]
+
+
+def rounds(
+    history: Sequence[Mapping[str, Any]], metric: str, *, higher_is_better: bool = True
+) -> go.Figure:
+    """Quality against density, a point a round, as the lottery ticket papers draw it.
+
+    Args:
+        history: records with ``density`` and the metric; ``round`` numbers them, and a metric
+            at the early-stopping step is drawn beside it.
+        metric: the task's deciding metric.
+
+    Raises:
+        InputError: fewer than two such records.
+    """
+    go = graph_objects()
+    records = _rounds(history, metric)
+    require(len(records) >= 2, "history", len(records), "two or more rounds with a density")
+    densities = [100 * r["density"] for r in records]
+    logarithmic = max(densities) / min(densities) >= LOG_ABOVE
+    series = [("at the end of training", metric, BLUE, "circle")]
+    if all(isinstance(r.get(f"early_stop_{metric}"), int | float) for r in records):
+        series.append(("at the early-stopping step", f"early_stop_{metric}", ORANGE, "square"))
+    traces = []
+    for name, key, colour, symbol in series:
+        traces.append(
+            go.Scatter(
+                x=densities, y=[r[key] for r in records], mode="lines+markers", name=name,
+                line={"color": colour, "width": 2},
+                marker={"color": colour, "size": 7, "symbol": symbol},
+                hovertext=[
+                    f"round {r.get('round', number)}, {numbers.share(r['density'])} kept<br>"
+                    f"{_text(metric)} {numbers.quality(r[key], metric, 2)}"
+                    for number, r in enumerate(records)
+                ],
+                hoverinfo="text", showlegend=len(series) > 1,
+            )
+        )  # fmt: skip
+    height = 340 + (30 if len(series) > 1 else 0)
+    figure = _figure(go, traces, height, margin={"l": 64, "r": 18, "t": 20, "b": 56})
+    ratio = all(numbers.is_ratio(metric, r[metric]) for r in records)
+    better = "" if higher_is_better else " (lower is better)"
+    xaxis: dict[str, Any] = {**_line_axis("Weights kept, round by round"), "ticksuffix": " %"}
+    low, high = min(densities), max(densities)
+    if logarithmic:
+        margin = 0.04 * math.log10(high / low)
+        span = [math.log10(high) + margin, math.log10(low) - margin]
+        xaxis |= {"type": "log", "range": span, "tickmode": "array"}
+        xaxis |= _log_ticks(low, high, "density")
+    else:
+        margin = 0.04 * (high - low) or 1.0
+        xaxis["range"] = [high + margin, low - margin]
+    figure.update_layout(
+        xaxis=xaxis,
+        yaxis={**_line_axis(f"{_text(metric)}{better}"), "tickformat": ".1~%" if ratio else None},
+        legend=_legend_below(),
+        meta={"narrow": {"margin.l": 52, "margin.r": 6}, "wide": {"margin.l": 64, "margin.r": 18}},
+    )
+    if records[0]["density"] == 1:
+        first = {"dense_quality": records[0][metric]}
+        _dense_line(figure, [first], metric, "")
+    return figure
+
+
+def training_stages(
+    events: Iterable[Mapping[str, Any]], kind: str = "train"
+) -> dict[str, list[Mapping[str, Any]]]:
+    """The events of one kind by the stage they belong to, in the order of the run.
+
+    A run that was resumed tells some steps twice; the later telling counts.
+    """
+    stages: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for event in events:
+        if event.get("event") == kind and isinstance(event.get("step"), int):
+            name = "/".join(str(p) for p in (event.get("at"), event.get("stage")) if p)
+            stages.setdefault(name, {})[event["step"]] = event
+    return {name: [steps[s] for s in sorted(steps)] for name, steps in stages.items()}
+
+
+def learning_curves(events: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """Training loss over all steps of a run, stage after stage.
+
+    The faint line is the loss of single batches, the strong one its running mean; dotted
+    lines part the stages (trainings, rounds, recovery).
+
+    Args:
+        events: of a run, as `secateurs.workspace.read_events` reads them.
+
+    Raises:
+        InputError: no training was logged.
+    """
+    go = graph_objects()
+    stages = training_stages(events)
+    require(bool(stages), "events", len(events), "events of a training")
+    points = sum(len(e) for e in stages.values())
+    stride = max(1, math.ceil(points / CURVE_POINTS))
+    raw: dict[str, list[Any]] = {"x": [], "y": [], "text": []}
+    smooth: dict[str, list[Any]] = {"x": [], "y": [], "text": []}
+    borders, start = [], 0
+    for name, steps in stages.items():
+        first = steps[0]["step"]
+        losses = [float(e["loss"]) for e in steps]
+        means = _running_mean(losses, max(1, len(losses) // 20))
+        for number, event in enumerate(steps):
+            if number % stride and number + 1 < len(steps):
+                continue
+            x = start + event["step"] - first
+            for line, value in ((raw, losses[number]), (smooth, means[number])):
+                line["x"].append(x)
+                line["y"].append(value if math.isfinite(value) else None)
+                line["text"].append(
+                    f"<b>{_text(name)}</b>, step {event['step']}<br>loss {numbers.plain(value)}"
+                )
+        for line in (raw, smooth):  # a gap between stages
+            line["x"].append(None)
+            line["y"].append(None)
+            line["text"].append("")
+        borders.append((name, start))
+        start += steps[-1]["step"] - first + 1
+    traces = [
+        go.Scatter(
+            x=raw["x"], y=raw["y"], mode="lines", line={"color": BLUE, "width": 1}, opacity=0.28,
+            hoverinfo="skip",
+        ),
+        go.Scatter(
+            x=smooth["x"], y=smooth["y"], mode="lines", line={"color": BLUE, "width": 2},
+            hovertext=smooth["text"], hoverinfo="text",
+        ),
+    ]  # fmt: skip
+    figure = _figure(go, traces, 320, margin={"l": 64, "r": 18, "t": 26, "b": 52})
+    finite = [y for y in raw["y"] if y is not None and y > 0]
+    logarithmic = bool(finite) and max(finite) / min(finite) > 30
+    figure.update_layout(
+        xaxis={**_line_axis("Optimizer steps"), "range": [0, start], "showgrid": False},
+        yaxis={**_line_axis("Training loss"), "type": "log" if logarithmic else "linear",
+               "rangemode": "normal" if logarithmic else "tozero", "nticks": 6},
+        meta={"narrow": {"margin.l": 50, "margin.r": 6}, "wide": {"margin.l": 64, "margin.r": 18}},
+    )  # fmt: skip
+    named = len(borders) <= 6
+    for name, x in borders:
+        if x:
+            figure.add_shape(
+                type="line", x0=x, x1=x, y0=0, y1=1, yref="paper",
+                line={"color": GREY, "width": 1, "dash": "dot"},
+            )  # fmt: skip
+        if named and len(borders) > 1:
+            figure.add_annotation(
+                text=_text(_elided(_stage_label(name), 18)), x=x, xanchor="left", y=1,
+                yref="paper", yanchor="bottom", showarrow=False, xshift=2,
+                font={"size": 11, "color": GREY},
+            )  # fmt: skip
+    return figure
+
+
+def _stage_label(name: str) -> str:
+    """The telling part of a stage's path: ``1-prune/finetune`` is ``finetune``."""
+    parts = [p for p in name.split("/") if p]
+    if len(parts) > 1 and parts[-1] == "train":
+        return parts[-2]
+    return parts[-1]
+
+
+def _running_mean(values: Sequence[float], width: int) -> list[float]:
+    """The mean of the last `width` values at every place."""
+    out = []
+    for end in range(1, len(values) + 1):
+        window = values[max(0, end - width) : end]
+        out.append(sum(window) / len(window))
+    return out
+
+
+# ---------------------------------------------------------------- files
+
+
+def to_png(
+    figure: go.Figure, path: str | Path, *, width: int = 1000, height: int | None = None
+) -> Path:
+    """Write a figure as PNG on white, at twice the resolution, without any network.
+
+    Args:
+        width, height: in pixels before doubling; by default the figure's own height.
+
+    Raises:
+        InputError: kaleido or a Chrome or Chromium to draw with is not there.
+    """
+    go = graph_objects()
+    try:
+        import kaleido
+        from choreographer.errors import BrowserFailedError, ChromeNotFoundError
+    except ImportError:
+        missing = described("kaleido is not installed")
+        raise InputError("png", missing, "pip install 'secateurs[report]'") from None
+    still = go.Figure(figure)
+    still.update_layout(
+        updatemenus=[], paper_bgcolor="white", plot_bgcolor="white", font={"color": "#1f2328"}
+    )
+    if figure.layout.updatemenus:
+        still.update_layout(margin={"t": 30})
+    options = {
+        "format": "png", "width": width, "height": height or figure.layout.height or 400,
+        "scale": 2,
+    }  # fmt: skip
+    # without MathJax, which kaleido would fetch from the network
+    page = kaleido.PageGenerator(mathjax=False)
+    try:
+        data = kaleido.calc_fig_sync(still, opts=options, kopts={"page_generator": page})
+    except (ChromeNotFoundError, BrowserFailedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            "png",
+            described(f"no browser that draws ({reason})"),
+            "Chrome or Chromium on the PATH, or its path in the variable BROWSER_PATH",
+        ) from None
+    from secateurs.state import write_bytes
+
+    target = Path(path)
+    write_bytes(target, data)
+    return target
+
+
+# ---------------------------------------------------------------- shared looks
+
+
+def _figure(go: Any, traces: Sequence[Any], height: int, margin: Mapping[str, int]) -> go.Figure:
+    return go.Figure(
+        list(traces),
+        {
+            "template": go.layout.Template(),
+            "height": height,
+            "margin": dict(margin),
+            "font": {"family": FONT, "size": 13, "color": "#57606a"},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "hoverlabel": {"align": "left", "font": {"family": FONT, "size": 13}},
+            "dragmode": False,
+            "showlegend": any(t.showlegend for t in traces),
+        },
+    )
+
+
+def _line_axis(title: str) -> dict[str, Any]:
+    return {
+        "title": {"text": title, "standoff": 10}, "gridcolor": GRID, "zeroline": False,
+        "linecolor": GREY, "ticks": "", "ticklabelstandoff": 4,
+    }  # fmt: skip
+
+
+def _legend_below() -> dict[str, Any]:
+    return {
+        "orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container",
+        "yanchor": "bottom", "itemwidth": 30, "traceorder": "normal",
+    }  # fmt: skip
+
+
+def _stacked(panels: int, gap: float) -> list[list[float]]:
+    """Vertical domains of panels below each other, the first on top."""
+    each = (1 - gap * (panels - 1)) / panels
+    tops = [1 - number * (each + gap) for number in range(panels)]
+    return [[max(top - each, 0.0), min(top, 1.0)] for top in tops]
+
+
+def _suffix(panel: int) -> str:
+    return "" if panel == 0 else str(panel + 1)
+
+
+def _text(value: Any) -> str:
+    """A name as plotly shows it literally; otherwise it would read tags and links in it."""
+    return html.escape(str(value), quote=False)
+
+
+def _elided(text: str, length: int) -> str:
+    """A long name with its middle left out."""
+    if len(text) <= length:
+        return text
+    half = (length - 1) // 2
+    return f"{text[: length - 1 - half]}…{text[-half:]}"

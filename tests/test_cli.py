@@ -1,0 +1,333 @@
+"""The command line: help from the methods' own fields, JSON, and one-line refusals."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+
+from secateurs.cli import main, plain_default
+from secateurs.registry import list_methods, options_of
+
+QUICK = ["--epochs", "0.2", "--finetune-epochs", "0.1", "--no-latency", "--threads", "1"]
+DIGITS = ["--data", "digits"]
+BUDGET = ["--budget", "sparsity=0.5"]
+MP = ["--method", "global-mp"]
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(w) for w in words])
+
+
+def prune(*words: object, model: object = "zoo:convnet") -> list[object]:
+    return ["prune", model, *words]
+
+
+# ---------------------------------------------------------------- help and listing
+
+
+@pytest.mark.parametrize(
+    "command", ["demo", "prune", "run", "resume", "bench", "methods", "inspect", "report"]
+)
+def test_every_command_explains_itself(command: str) -> None:
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert result.output.startswith("Usage:")
+
+
+def test_help_of_prune_lists_every_method() -> None:
+    output = invoke("prune", "--help").output
+    assert all(name in output for name in list_methods())
+
+
+@pytest.mark.parametrize("name", list(list_methods()))
+def test_help_of_a_method_shows_its_fields_with_types_and_defaults(name: str) -> None:
+    output = " ".join(invoke("prune", "--method", name, "--help").output.split())
+    for item in options_of(list_methods()[name]):
+        assert "--" + item.name.replace("_", "-") in output
+        assert "".join(item.help.split()) in "".join(output.split())
+        shown = ("yes" if item.default else "no") if item.type == "bool" else None
+        default = shown or plain_default(item.default)
+        assert f"[default:{default.replace(' ', '')}]" in "".join(output.split())
+
+
+def test_methods_as_json_and_filtered() -> None:
+    rows = json.loads(invoke("methods", "--json").output)
+    assert [row["name"] for row in rows] == list(list_methods())
+    found = json.loads(invoke("methods", "--when", "PDT", "--unit", "weight", "--json").output)
+    assert {"gmp", "granet"} <= {row["name"] for row in found}
+    assert all("PDT" in row["tags"]["when"] for row in found)
+    assert "resize" in json.loads(invoke("methods", "small*", "--json").output)[0]["needs"]
+
+
+# ---------------------------------------------------------------- the way through
+
+
+def test_prune_run_report_inspect_and_resume(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = invoke(*prune(*DIGITS, *MP, *BUDGET, *QUICK, "--out", out, "--json"))
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["promise"]["reached"] == pytest.approx(0.5, abs=1e-4)
+    assert (out / "report.html").stat().st_size > 10_000
+    again = json.loads(invoke("resume", out, "--json").stdout)
+    assert again["metrics_after"] == answer["metrics_after"]
+    layers = json.loads(invoke("inspect", out, "--json").stdout)["layers"]
+    assert sum(x["kept"] for x in layers) == sum(x["kept"] for x in answer["layers"])
+    assert invoke("report", out).exit_code == 0
+
+
+def test_recipe_from_a_file(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: zoo:convnet\ndata: digits\nlatency: false\ntraining: {epochs: 0.2}\n"
+        "stages:\n  - prune: {method: gmp, budget: sparsity=0.8}\n"
+    )
+    result = invoke("run", recipe, "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["method"] == "gmp"
+
+
+def test_bench_ends_in_a_leaderboard(tmp_path: Path) -> None:
+    matrix = tmp_path / "matrix.yaml"
+    matrix.write_text(
+        "model: zoo:convnet\ndata: digits\nmethods: [global-mp]\nbudgets: [sparsity=0.5]\n"
+        "seeds: 2\nbaselines: false\nlatency: false\n"
+        "training: {epochs: 0.2}\nfinetuning: {epochs: 0.1}\n"
+    )
+    result = invoke("bench", matrix, "--out", tmp_path / "bench", "--workers", 2, "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert len(answer["results"]) == 2
+    assert answer["leaderboard"][0]["label"] == "global-mp"
+    again = json.loads(invoke("resume", tmp_path / "bench", "--json").stdout)
+    assert again["results"] == answer["results"]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Broken things to hand to the command line."""
+    root = tmp_path_factory.mktemp("broken")
+    made = {"root": root, "none": root / "nothing-here"}
+
+    def write(name: str, text: str) -> None:
+        made[name] = root / f"{name}.yaml"
+        made[name].write_text(text)
+
+    good = "model: zoo:convnet\ndata: digits\nstages: [train]\n"
+    write("duplicate", good + "data: digits\n")
+    write("unknown-key", good + "sead: 1\n")
+    write("malformed", "model: [\n")
+    write("stage", good.replace("train", "trian"))
+    write("no-stages", "model: zoo:convnet\ndata: digits\n")
+    write("epochs", good + "training: {epochs: -1}\n")
+    matrix = "model: zoo:convnet\ndata: digits\nmethods: [gmp]\nbudgets: [sparsity=0.9]\n"
+    write("matrix-key", matrix + "seed: 1\n")
+    write("matrix-method", matrix.replace("gmp", "gpm"))
+    write("matrix-budget", matrix.replace("0.9", "9"))
+    write("matrix-seeds", matrix + "seeds: 0\n")
+    write("good-matrix", matrix)
+    made["full"] = root / "full"
+    made["full"].mkdir()
+    (made["full"] / "something.txt").write_text("mine")
+    made["truncated"] = root / "truncated.safetensors"
+    made["truncated"].write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
+    made["stranger"] = root / "stranger.safetensors"
+    save_file({"other.weight": torch.zeros(2, 2)}, made["stranger"])
+    for name, label, cut in (("labels", 77, 0), ("short", 1, 5)):
+        folder = made[f"fashion-{name}"] = root / f"fashion-{name}"
+        folder.mkdir()
+        for part, count in (("train", 4), ("t10k", 2)):
+            images = struct.pack(">4I", 0x803, count, 28, 28) + bytes(count * 784)
+            (folder / f"{part}-images-idx3-ubyte").write_bytes(images[: len(images) - cut])
+            labels = struct.pack(">2I", 0x801, count) + bytes([label] * count)
+            (folder / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+    (root / "broken_models.py").write_text(
+        "import torch\nfrom torch import nn\n\n"
+        "def nan():\n    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+        "    nn.init.constant_(net[1].weight, float('nan'))\n    return net\n\n"
+        "def nothing():\n    return nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(10),"
+        " nn.BatchNorm1d(10))\n\n"
+        "def number():\n    return 3\n\n"
+        "def small():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 4))\n"
+    )
+    return made
+
+
+CASES: dict[str, tuple[list[object], list[str]]] = {
+    "unknown command": (["prnue"], ["prnue"]),
+    "unknown option": (["prune", "--budgit", "1"], ["--budgit"]),
+    "missing model": (["prune", *DIGITS, *MP, *BUDGET], ["MODEL"]),
+    "missing budget": (prune(*DIGITS, *MP), ["--budget"]),
+    "unknown method": (
+        prune(*DIGITS, "--method", "globl-mp", *BUDGET),
+        ["method", "globl-mp", "did you mean 'global-mp'"],
+    ),
+    "unknown zoo model": (
+        prune(*DIGITS, *MP, *BUDGET, model="zoo:convnt"),
+        ["convnt", "did you mean 'convnet'"],
+    ),
+    "unknown torchvision model": (
+        prune(*DIGITS, *MP, *BUDGET, model="torchvision:resnet17"),
+        ["resnet17", "did you mean 'resnet18'"],
+    ),
+    "unknown timm model": (
+        prune(*DIGITS, *MP, *BUDGET, model="timm:resnet51"),
+        ["resnet51", "did you mean 'resnet50'"],
+    ),
+    "unknown kind of model": (prune(*DIGITS, *MP, *BUDGET, model="zooo:convnet"), ["zooo"]),
+    "model that is no name": (prune(*DIGITS, *MP, *BUDGET, model="convnet"), ["convnet"]),
+    "hf model that is nowhere": (
+        prune(*DIGITS, *MP, *BUDGET, model="hf:{none}"), ["nothing-here"]
+    ),
+    "python model, no module": (
+        prune(*DIGITS, *MP, *BUDGET, model="python:no_such_module:make"), ["no_such_module"]
+    ),
+    "python model, no function": (
+        prune(*DIGITS, *MP, *BUDGET, model="python:broken_models:nope"), ["nope"]
+    ),
+    "python model, not a module": (
+        prune(*DIGITS, *MP, *BUDGET, model="python:broken_models:number"), ["number"]
+    ),
+    "NaN in the weights": (
+        prune(*DIGITS, *MP, *BUDGET, *QUICK, model="python:broken_models:nan"), ["NaN"]
+    ),
+    "nothing to prune": (
+        prune(*DIGITS, *MP, *BUDGET, *QUICK, model="python:broken_models:nothing"),
+        ["nothing to prune"],
+    ),
+    "too few outputs": (
+        prune(*DIGITS, *MP, *BUDGET, *QUICK, model="python:broken_models:small"), ["10"]
+    ),
+    "truncated weights": (
+        prune(*DIGITS, *MP, *BUDGET, model="zoo:convnet@{truncated}"), ["truncated.safetensors"]
+    ),
+    "missing weights": (
+        prune(*DIGITS, *MP, *BUDGET, model="zoo:convnet@{none}.safetensors"), ["nothing-here"]
+    ),
+    "weights of another model": (
+        prune(*DIGITS, *MP, *BUDGET, model="zoo:convnet@{stranger}"), ["weight"]
+    ),
+    "unknown data": (prune("--data", "digitz", *MP, *BUDGET), ["digitz", "did you mean 'digits'"]),
+    "missing data folder": (
+        prune("--data", "fashion-mnist:{none}", *MP, *BUDGET), ["nothing-here"]
+    ),
+    "truncated data": (prune("--data", "fashion-mnist:{fashion-short}", *MP, *BUDGET), ["images"]),
+    "labels out of range": (
+        prune("--data", "fashion-mnist:{fashion-labels}", *MP, *BUDGET), ["77"]
+    ),
+    "image folder that is nowhere": (
+        prune("--data", "imagefolder:{none}", *MP, *BUDGET), ["nothing-here"]
+    ),
+    "image folder without images": (
+        prune("--data", "imagefolder:{full}", *MP, *BUDGET), ["full"]
+    ),
+    "text that is nowhere": (prune("--data", "text:{none}", *MP, *BUDGET), ["nothing-here"]),
+    "hf data that is nowhere": (prune("--data", "hf:{none}", *MP, *BUDGET), ["nothing-here"]),
+    "data option unknown": (prune("--data", "fashion-mnist?limt=6", *MP, *BUDGET), ["limt"]),
+    "sparsity of one": (prune(*DIGITS, *MP, "--budget", "sparsity=1"), ["budget", "sparsity=1"]),
+    "negative sparsity": (prune(*DIGITS, *MP, "--budget", "sparsity=-0.1"), ["sparsity=-0.1"]),
+    "malformed budget": (prune(*DIGITS, *MP, "--budget", "ninety"), ["budget", "ninety"]),
+    "unknown kind of budget": (
+        prune(*DIGITS, *MP, "--budget", "sparsty=0.9"), ["did you mean 'sparsity'"]
+    ),
+    "budget the method cannot honour": (
+        prune(*DIGITS, *MP, "--budget", "latency=8ms"), ["latency=8ms", "sparsity="]
+    ),
+    "N:M with N above M": (prune(*DIGITS, *MP, "--budget", "5:4"), ["5:4"]),
+    "parameters below the biases": (
+        prune(*DIGITS, *MP, "--budget", "params=3k", *QUICK, model="zoo:mlp?hidden=4000"),
+        ["params", "at least"],
+    ),
+    "option out of range": (
+        prune(*DIGITS, *MP, *BUDGET, "--min-percent", 300), ["min_percent", "300"]
+    ),
+    "option of the wrong type": (
+        prune(*DIGITS, *MP, *BUDGET, "--min-weights", "many"), ["min_weights", "many"]
+    ),
+    "choice that is none": (prune(*DIGITS, *MP, *BUDGET, "--count", "some"), ["count", "some"]),
+    "two floors": (
+        prune(*DIGITS, *MP, *BUDGET, "--min-weights", 3, "--min-percent", 1), ["min_percent"]
+    ),
+    "floor that cannot be met": (
+        prune(*DIGITS, *MP, "--budget", "sparsity=0.99", *QUICK, "--min-weights", 5000),
+        ["min_weights", "largest sparsity"],
+    ),
+    "exclude matches nothing": (
+        prune(*DIGITS, *MP, *BUDGET, *QUICK, "--exclude", "no_such_layer"), ["no_such_layer"]
+    ),
+    "rewinding beyond the end": (
+        prune(*DIGITS, "--method", "lottery-rewinding", *BUDGET, *QUICK, "--rewind", "200%"),
+        ["rewind", "200%"],
+    ),
+    "ramp that ends too late": (
+        prune(*DIGITS, "--method", "gmp", *BUDGET, *QUICK, "--end", 99999), ["end", "99999"]
+    ),
+    "seed that is no number": (prune(*DIGITS, *MP, *BUDGET, "--seed", "x"), ["--seed", "x"]),
+    "no batches": (prune(*DIGITS, *MP, *BUDGET, "--batch-size", 0), ["batch_size", "0"]),
+    "training setting unknown": (prune(*DIGITS, *MP, *BUDGET, "--train", "lrr=1"), ["lrr=1"]),
+    "training setting negative": (prune(*DIGITS, *MP, *BUDGET, "--train", "lr=-1"), ["lr", "-1"]),
+    "loss that explodes": (
+        prune(*DIGITS, *MP, *BUDGET, *QUICK, "--train", "lr=1e12", model="zoo:mlp"),
+        ["loss", "step"],
+    ),
+    "tracker unknown": (
+        prune(*DIGITS, *MP, *BUDGET, *QUICK, "--track", "tensorbord"),
+        ["did you mean 'tensorboard'"],
+    ),
+    "output folder not empty": (prune(*DIGITS, *MP, *BUDGET, "--out", "{full}"), ["full", "empty"]),
+    "recipe that is nowhere": (["run", "{none}"], ["recipe", "nothing-here"]),
+    "recipe with a duplicate key": (["run", "{duplicate}"], ["data", "twice"]),
+    "recipe with an unknown key": (["run", "{unknown-key}"], ["sead", "did you mean 'seed'"]),
+    "malformed recipe": (["run", "{malformed}"], ["malformed"]),
+    "recipe with an unknown stage": (["run", "{stage}"], ["did you mean 'train'"]),
+    "recipe without stages": (["run", "{no-stages}"], ["stages"]),
+    "recipe with negative epochs": (["run", "{epochs}"], ["epochs", "-1"]),
+    "matrix with an unknown key": (["bench", "{matrix-key}"], ["did you mean 'seeds'"]),
+    "matrix with an unknown method": (["bench", "{matrix-method}"], ["did you mean 'gmp'"]),
+    "matrix with an impossible budget": (["bench", "{matrix-budget}"], ["sparsity=9"]),
+    "matrix without seeds": (["bench", "{matrix-seeds}"], ["seeds", "0"]),
+    "benchmark into a full folder": (
+        ["bench", "{good-matrix}", "--out", "{full}"], ["full", "empty"]
+    ),
+    "benchmark without workers": (
+        ["bench", "{good-matrix}", "--out", "{root}/b", "--workers", 0], ["workers", "0"]
+    ),
+    "resume of what is no run": (["resume", "{full}"], ["full", "recipe.yaml"]),
+    "report of what is no run": (["report", "{none}"], ["nothing-here"]),
+    "filter by an unknown unit": (["methods", "--unit", "wheight"], ["did you mean 'weight'"]),
+    "inspect an unknown model": (["inspect", "zoo:convnt"], ["did you mean 'convnet'"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_gets_one_line_and_exit_code_2(
+    case: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(files["root"]))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words, expected = CASES[case]
+    told = [str(w) for w in words]
+    for name, path in files.items():
+        told = [w.replace("{" + name + "}", str(path)) for w in told]
+    result = invoke(*told)
+    assert result.exit_code == 2, (result.output, result.exception)
+    lines = result.stderr.strip().splitlines()
+    own = [line for line in lines if line.startswith("secateurs: ")]
+    assert len(own) == 1, result.stderr
+    for text in expected:
+        assert text in own[0]
+    assert (files["full"] / "something.txt").read_text() == "mine"
+
+
+def test_there_are_at_least_forty_cases() -> None:
+    assert len(CASES) >= 40
