@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 from secateurs.cli import kind_of, plain_default, summary
@@ -30,7 +31,7 @@ def row(name: str, cls: type) -> str:
 
 
 def section(name: str, cls: type) -> str:
-    lines = [f"## {name}", "", (cls.__doc__ or "").strip(), ""]
+    lines = [f"## {name}", "", inspect.cleandoc(cls.__doc__ or ""), ""]
     if cls.paper:
         lines += [
             f"Paper: {cls.paper.title}, {cls.paper.venue} {cls.paper.year}, {cls.paper.id}.",

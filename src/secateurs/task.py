@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -209,7 +210,14 @@ def cross_entropy(label_smoothing: float = 0.0) -> Loss:
     """Cross entropy over the last class dimension of (N, C) logits."""
 
     def loss(output: Any, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits_of(output), target, label_smoothing=label_smoothing)
+        logits = logits_of(output)
+        try:
+            return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
+        except IndexError:
+            # torch checks every label on a CPU; on a GPU it can only abort the process
+            raise InputError(
+                "labels", int(target.max()), f"0 to {logits.shape[-1] - 1}, the model's outputs"
+            ) from None
 
     return loss
 
@@ -260,8 +268,6 @@ def language_modelling(
 
     def loss(output: Any, target: Tensor) -> Tensor:
         return _token_loss(output, target).mean()
-
-    import math
 
     perplexity = Metric(_token_loss, lambda nll: math.exp(min(nll, 700.0)), False)
     return Task(

@@ -1,4 +1,4 @@
-"""The loop: everything random at update t is drawn from (seed, t), so it starts and stops anywhere."""
+"""The loop: whatever is random at update t is drawn from (seed, t), so it starts anywhere."""
 
 from dataclasses import replace
 
@@ -227,8 +227,8 @@ def test_hooks_finish_with_the_training_and_are_removed_in_any_case(tiny_task):
     part, whole, failed = Hook(), Hook(), Hook()
     trained(task, stop_step=29, attach=lambda *_: [part])
     trained(task, attach=lambda *_: [whole])
+    broken = replace(task, loss=lambda output, _: output.sum() * torch.nan)
     with pytest.raises(DivergedError):
-        broken = replace(task, loss=lambda output, _: output.sum() * torch.nan)
         trained(broken, attach=lambda *_: [failed])
     assert [part.calls, whole.calls, failed.calls] == [["remove"], ["finish", "remove"], ["remove"]]
 

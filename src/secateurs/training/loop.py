@@ -9,6 +9,7 @@ only that their state belongs into the snapshot.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -129,7 +130,8 @@ def fit(
     model.to(accelerator.device)
     model.train()
     if optimizer_state is not None:
-        optimizer.load_state_dict(optimizer_state)
+        # torch keeps the very tensors it is given, and the steps would change them
+        optimizer.load_state_dict(copy.deepcopy(optimizer_state))
     hooks = attach(model, optimizer, total) if attach is not None else ()
     own_forward = "forward" in vars(model)
 
