@@ -65,18 +65,18 @@ def prune(
     parsed = chosen.accept(budget)
     work = work or Workspace()
     _check_needs(chosen, task)
-    before = _weights(model) if inplace else None
+    dense = copy.deepcopy(model) if inplace else model
     net = model if inplace else copy.deepcopy(model)
     try:
         outcome = _run(chosen, net, parsed, task, seed, recover, work)
     except BaseException:
-        if before is not None:
-            model.load_state_dict(before)
+        if inplace:
+            _give_back(model, dense)
         raise
     outcome.method, outcome.options = chosen.name, options_as_dict(chosen)
     outcome.budget, outcome.seed = str(parsed), seed
     outcome.model.eval()
-    _measure(outcome, model if not inplace else None, before, task, with_latency)
+    _measure(outcome, dense, task, with_latency)
     outcome.promise = outcome.promise or promise_of(outcome, parsed)
     if not outcome.promise.kept:
         outcome.notes.append(f"budget {outcome.promise}")
@@ -195,26 +195,19 @@ def _check_needs(method: Method, task: Task | None) -> None:
         raise InputError("task.resize", None, f"a function of the width: {method.name} needs it")
 
 
-def _weights(model: nn.Module) -> dict[str, Any]:
-    return copy.deepcopy(model.state_dict())
+def _give_back(model: nn.Module, before: nn.Module) -> None:
+    """Weights and modes of a model as they were."""
+    model.load_state_dict(before.state_dict())
+    for module, original in zip(model.modules(), before.modules(), strict=True):
+        module.training = original.training
 
 
-def _measure(
-    outcome: Outcome,
-    dense: nn.Module | None,
-    dense_weights: dict[str, Any] | None,
-    task: Task | None,
-    with_latency: bool,
-) -> None:
+def _measure(outcome: Outcome, dense: nn.Module, task: Task | None, with_latency: bool) -> None:
     """Costs and metrics, before and after."""
     if task is None:
         return
     outcome.primary, outcome.higher_is_better = task.primary, task.higher_is_better
     inputs = task.example_inputs
-    if dense is None:
-        dense = copy.deepcopy(outcome.model)
-        assert dense_weights is not None
-        dense.load_state_dict(dense_weights)
     device = next(outcome.model.parameters()).device
     home = next(dense.parameters()).device
     dense.to(device)

@@ -23,7 +23,7 @@ from secateurs.outcome import Outcome
 from secateurs.parts.budgets import Budget
 from secateurs.parts.masks import Masks
 from secateurs.parts.prunable import fixed_parameters, prunable_parameters
-from secateurs.registry import Paper, Tags
+from secateurs.registry import Paper, Tags, build, options_as_dict
 from secateurs.task import Task
 from secateurs.workspace import Workspace
 
@@ -40,12 +40,21 @@ class Method(ABC):
     budgets: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]] = ("nothing",)
 
+    def check(self) -> None:
+        """Refuse hyper-parameters that `create` would refuse, for objects made by hand.
+
+        Raises:
+            InputError: a value that the option does not take.
+        """
+        build(type(self), options_as_dict(self))
+
     def accept(self, budget: str | Budget) -> Budget:
-        """Parse a budget.
+        """Parse a budget, and check the hyper-parameters.
 
         Raises:
             InputError: malformed, or of a kind that this method cannot honour.
         """
+        self.check()
         parsed = Budget.parse(budget)
         if parsed.kind not in self.budgets:
             kinds = ", ".join("N:M" if k == "n:m" else f"{k}=" for k in self.budgets)

@@ -161,6 +161,9 @@ def load(folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None =
         model: the dense model, or a function that makes it; may be left out when the model
             came from a name (``zoo:...``, ``torchvision:...``, ``timm:...``).
 
+    Returns:
+        The outcome; its model is in eval mode, as `prune` gives it.
+
     Raises:
         InputError: the folder holds no outcome, a file is truncated, or the weights do not fit
             the model (the first difference is named).
@@ -171,7 +174,7 @@ def load(folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None =
         model = _model_from_source(plan["source"])
     net = model if isinstance(model, nn.Module) else model()
     weights, _ = read_tensors(folder / WEIGHTS)
-    load_weights(net, weights)
+    load_weights(net.eval(), weights)
     packed, metadata = read_tensors(folder / MASKS)
     masks = Masks.unpack(packed, json.loads(metadata["shapes"]))
     masks.check(named_parameters(net, masks))

@@ -114,7 +114,8 @@ def register(
         entered: Any = cls
         require(dataclasses.is_dataclass(cls), "method", cls.__name__, "a dataclass")
         known = _METHODS.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
+        again = (cls.__module__, cls.__qualname__)
+        if known is not None and (known.__module__, known.__qualname__) != again:
             raise InputError("name", name, f"a name not taken by {known.__module__}")
         entered.name, entered.paper, entered.tags, entered.budgets = name, paper, tags, budgets
         _METHODS[name] = cls

@@ -21,7 +21,7 @@ from torch import Tensor
 from secateurs.errors import InputError, described
 
 Tree = Any
-_TENSOR, _TUPLE, _PAIRS = "__tensor__", "__tuple__", "__pairs__"
+_MARKS = _TENSOR, _TUPLE, _PAIRS = "__tensor__", "__tuple__", "__pairs__"
 
 
 def flatten(tree: Tree) -> tuple[dict[str, Tensor], Any]:
@@ -34,7 +34,7 @@ def flatten(tree: Tree) -> tuple[dict[str, Tensor], Any]:
             tensors[key] = node.detach()
             return {_TENSOR: key}
         if isinstance(node, Mapping):
-            if all(isinstance(k, str) for k in node):
+            if all(isinstance(k, str) and k not in _MARKS for k in node):
                 return {k: walk(v) for k, v in node.items()}
             return {_PAIRS: [[walk(k), walk(v)] for k, v in node.items()]}
         if isinstance(node, tuple):
@@ -85,9 +85,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     own = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     seen: set[int] = set()
     for name, tensor in own.items():
-        if tensor.data_ptr() in seen and tensor.numel():
+        memory = tensor.untyped_storage().data_ptr()
+        if memory in seen and tensor.numel():
             own[name] = tensor.clone()
-        seen.add(tensor.data_ptr())
+        seen.add(memory)
     write_bytes(path, serialize(own, metadata=metadata))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -118,19 +119,16 @@ class Task:
         inputs, target = self.unpack(batch)
         return self.loss(self.forward(model, inputs), target)
 
-    @torch.no_grad()
     def measure(self, model: nn.Module, loader: Iterable[Any] | None = None) -> dict[str, float]:
         """Loss and metrics over `loader` (the evaluation set by default), in eval mode.
 
         The model's mode is restored. Samples count equally, whatever the batch sizes.
         """
         device = next(model.parameters()).device
-        was_training = model.training
-        model.eval()
         sums = dict.fromkeys(self.metrics, 0.0)
         counts = dict.fromkeys(self.metrics, 0)
         loss, samples = 0.0, 0
-        try:
+        with _evaluating(model):
             for batch in self.evaluate if loader is None else loader:
                 inputs, target = self.unpack(to_device(batch, device))
                 output = self.forward(model, inputs)
@@ -141,8 +139,6 @@ class Task:
                     values = metric.each(output, target)
                     sums[name] += float(values.double().sum())
                     counts[name] += values.numel()
-        finally:
-            model.train(was_training)
         require(samples > 0, "task.evaluate", described("an empty loader"), "at least one batch")
         means = {n: m.finish(sums[n] / max(counts[n], 1)) for n, m in self.metrics.items()}
         return {**means, "loss": loss / samples}
@@ -155,6 +151,20 @@ class Task:
     def higher_is_better(self) -> bool:
         """Direction of the primary metric."""
         return self.metrics[self.primary].higher_is_better
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; a loader that shuffles does so the same way every time."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:

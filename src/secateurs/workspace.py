@@ -59,7 +59,8 @@ class Workspace:
 
     def child(self, name: str) -> Workspace:
         """A workspace inside this one."""
-        require(bool(re.fullmatch(r"[\w.=+-]+", name)), "step", name, "letters, digits, . = + -")
+        named = re.fullmatch(r"[\w.=+-]*\w[\w.=+-]*", name)
+        require(named is not None, "step", name, "letters, digits, . = + -")
         folder = None if self.folder is None else self.folder / name
         return Workspace(folder, self.listeners, self.snapshot_seconds, (*self.path, name))
 

@@ -92,7 +92,7 @@ def trade_off(board: Sequence[Mapping[str, Any]], *, x: str | None = None) -> go
     """
     go = graph_objects()
     require(bool(board), "board", list(board), "at least one row")
-    known = [axis for axis in AXES if all(AXES[axis][1](row) is not None for row in board)]
+    known = [axis for axis in AXES if any(AXES[axis][1](row) is not None for row in board)]
     if x is not None and x not in AXES:
         raise unknown("x", x, AXES)
     if x is not None and x not in known:
@@ -150,7 +150,7 @@ def _varies(axis: str, board: Sequence[Mapping[str, Any]]) -> bool:
     value = AXES[axis][1]
     for task in {row["task"] for row in board}:
         values = [v for r in board if r["task"] == task if (v := value(r)) is not None]
-        if min(values) < 0.8 * max(values):
+        if values and min(values) < 0.8 * max(values):
             return True
     return False
 
@@ -202,8 +202,10 @@ def _hover(row: Mapping[str, Any]) -> str:
 def _axis_layout(axis: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Title, scale and ticks of a cost axis over the given rows."""
     title, value = AXES[axis]
-    values = [v for row in rows if (v := value(row)) is not None]
+    values = [v for row in rows if (v := value(row)) is not None] or [1.0]
     low, high = min(values), max(values)
+    if len(values) < len(rows):
+        title += f" ({len(rows) - len(values)} of {len(rows)} not timed)"
     logarithmic = low > 0 and high / low >= LOG_ABOVE
     layout: dict[str, Any] = {**_line_axis(title), "type": "log" if logarithmic else "linear"}
     if logarithmic:
@@ -301,7 +303,7 @@ def promised_and_measured(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     """
     go = graph_objects()
     require(bool(rows), "rows", list(rows), "at least one row")
-    names = [_text(row["label"]) for row in rows]
+    names = [_text(_elided(str(row["label"]), 30)) for row in rows]
     # several rows may share a label, so positions are numbers and labels are tick texts
     places = list(range(len(rows)))
     colours = [GREY if row["label"] == "dense" else BLUE for row in rows]
@@ -334,7 +336,7 @@ def promised_and_measured(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     ]  # fmt: skip
     height = 92 + 30 * len(rows)
     figure = _figure(go, traces, height, margin={"l": 20, "r": 12, "t": 34, "b": 8})
-    ticks = {"tickmode": "array", "tickvals": places, "ticktext": [_elided(n, 26) for n in names]}
+    ticks = {"tickmode": "array", "tickvals": places, "ticktext": names}
     side = {
         "range": [len(rows) - 0.4, -0.6], "showgrid": False, "automargin": True, "zeroline": False,
     }  # fmt: skip

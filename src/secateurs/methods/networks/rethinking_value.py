@@ -34,6 +34,7 @@ from secateurs.outcome import Outcome
 from secateurs.parts.budgets import Budget
 from secateurs.parts.costs import measure_cost
 from secateurs.parts.masks import Masks, named_parameters
+from secateurs.parts.prunable import prunable_parameters
 from secateurs.registry import Paper, Tags, create, register
 from secateurs.settings import TrainSettings, option
 from secateurs.task import Task
@@ -140,6 +141,7 @@ class RethinkingValue(Procedure):
         return method
 
     def accept(self, budget: str | Budget) -> Budget:
+        self.check()
         return self.audited_method().accept(budget)
 
     def run(
@@ -151,6 +153,7 @@ class RethinkingValue(Procedure):
         seed: int = 0,
         work: Workspace | None = None,
     ) -> Outcome:
+        prunable_parameters(model)  # refuses before anything is trained
         work = work or Workspace()
         rows: list[dict[str, Any]] = []
         first: Outcome | None = None
@@ -158,7 +161,7 @@ class RethinkingValue(Procedure):
             own = mix(seed, repeat) if repeat else seed
             place = work.child(f"seed-{repeat}")
             start = model if repeat == 0 else task.fresh_model(own)
-            outcome = self._pruned(copy.deepcopy(start), task, budget, own, place)
+            outcome = self._pruned(start, task, budget, own, place)
             rows += self._arms(outcome, task, own, repeat, place)
             first = first or outcome
         assert first is not None
