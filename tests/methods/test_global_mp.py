@@ -168,6 +168,12 @@ def test_worked_example_with_clipping():
     assert sum(found[n] * size[n] for n in size) == pytest.approx(0.95 * 61_100)
 
 
+def test_layers_that_the_global_cut_spares_give_what_a_threshold_takes():
+    size = {"a": 12, "b": 6, "c": 22}
+    found = minimum_threshold({"a": 0.0, "b": 0.5, "c": 0.0}, size, 10)
+    assert found == pytest.approx({"a": 2 * 3 / 14 / 12, "b": 0, "c": 12 * 3 / 14 / 22})
+
+
 def test_a_threshold_that_cannot_be_met_is_refused_with_the_largest_sparsity():
     size = {"a": 100, "b": 1000, "c": 10_000}
     with pytest.raises(InputError, match=r"min_weights: got 600.*largest sparsity is 0\.882883"):

@@ -138,9 +138,9 @@ networks = st.lists(shape, min_size=1, max_size=5).map(
 def test_densities_meet_the_budget_and_stay_within_one(shapes, density, method):
     try:
         found = densities(shapes, density, method)
-    except InputError as refused:
+    except InputError:
+        # only a layer that must be dense can be too much
         assert method.endswith("+")
-        assert refused.argument == "density"
         return
     assert list(found) == list(shapes)
     assert all(0 < p <= 1 for p in found.values())

@@ -97,9 +97,7 @@ def test_an_unknown_kind_suggests_the_closest():
 fractions = st.floats(1e-6, 1 - 1e-6)
 texts = st.one_of(
     st.builds("{}={!r}".format, st.sampled_from(["sparsity", "density", "keep"]), fractions),
-    st.builds(
-        "{}={!r}".format, st.sampled_from(["params", "macs", "bytes", "latency"]), fractions
-    ),
+    st.builds("{}={!r}".format, st.sampled_from(["params", "macs", "bytes", "latency"]), fractions),
     st.builds("params={}{}".format, st.integers(2, 10**9), st.sampled_from(["", "k", "M"])),
     st.builds("bytes={}{}".format, st.integers(2, 10**6), st.sampled_from(["kB", "MiB"])),
     st.builds("params={!r}k".format, st.floats(0.1, 999)),

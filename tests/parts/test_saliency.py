@@ -1,6 +1,7 @@
 """Saliencies against finite differences, explicit Hessians and closed forms, in float64."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -148,9 +149,7 @@ def test_grasp_asks_for_the_temperature():
 
 def chain(*widths):
     torch.manual_seed(0)
-    return nn.Sequential(
-        *[nn.Linear(a, b, bias=False) for a, b in zip(widths, widths[1:], strict=False)]
-    )
+    return nn.Sequential(*[nn.Linear(a, b, bias=False) for a, b in pairwise(widths)])
 
 
 def test_synflow_conserves_the_sum_of_scores_over_layers():
@@ -317,9 +316,11 @@ def test_a_weight_that_the_loss_does_not_see_is_refused_by_name(name):
         model,
         prunable_parameters(model),
         batches(2, 2),
-        lambda net, batch: F.cross_entropy(net["used"](batch[0]), batch[1])
-        if isinstance(net, nn.ModuleDict)
-        else F.cross_entropy(net.model["used"](batch[0]), batch[1]),
+        lambda net, batch: (
+            F.cross_entropy(net["used"](batch[0]), batch[1])
+            if isinstance(net, nn.ModuleDict)
+            else F.cross_entropy(net.model["used"](batch[0]), batch[1])
+        ),
     )
     with pytest.raises(InputError, match=r"spare\.weight: got a weight the loss does not"):
         saliency(name)(probe)

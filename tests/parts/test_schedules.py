@@ -1,6 +1,7 @@
 """Sparsity ramps: the values of the papers, exact ends, and that they only rise."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -91,7 +92,7 @@ ramps = st.builds(
 @given(ramps)
 def test_ramps_only_rise_and_stay_between_their_ends(ramp):
     values = [ramp(t) for t in range(ramp.end + 10)]
-    assert all(late >= early - 1e-15 for early, late in zip(values, values[1:], strict=False))
+    assert all(late >= early - 1e-15 for early, late in pairwise(values))
     assert min(values) >= ramp.initial - 1e-15
     assert max(values) == ramp.final
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from secateurs.errors import InputError
 from secateurs.runs.matrix import Bench, Matrix
 from secateurs.runs.workers import do
 
@@ -56,12 +55,3 @@ def test_ray_gives_the_rows_of_one_process(cluster: str, tmp_path: Path) -> None
     torch.set_num_threads(threads)
     assert len(rows(here)) == 4
     assert rows(there) == rows(here)
-
-
-def test_no_cluster_at_the_address_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    from secateurs.runs.ray_cluster import run_on_ray
-
-    bench = Bench.create(Matrix.parse(MATRIX), tmp_path / "bench")
-    with pytest.raises(InputError, match="ray"):
-        run_on_ray(bench, "no-such-host:1")

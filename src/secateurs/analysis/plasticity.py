@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from secateurs.errors import require
@@ -23,10 +24,10 @@ from secateurs.parts.prunable import prunable_parameters
 from secateurs.parts.regrowth import prune_and_regrow
 from secateurs.parts.saliency import Probe
 from secateurs.state import Tree, model_state
-from secateurs.task import Task
+from secateurs.task import Task, to_device
 from secateurs.training.keeping import MaskKeeper
-from secateurs.training.loop import fit_once, total_steps
-from secateurs.training.order import batches_from
+from secateurs.training.loop import fit_once, own_randomness, total_steps
+from secateurs.training.order import batches_from, mix
 from secateurs.workspace import Workspace
 
 
@@ -73,11 +74,19 @@ def plasticity(
         require(0 <= moment <= total - steps, "at", moment, f"steps from 0 to {total - steps}")
     work = work or Workspace()
     rows, last, optimizer = [], 0, None
-    for moment in sorted(at):
+    for moment in sorted(set(at)):
         reached = fit_once(
-            model, task, task.training, seed=seed, start_step=last, stop_step=moment, work=work,
-            name=f"to-{moment}", optimizer_state=optimizer, keep_optimizer=True,
-        )  # fmt: skip
+            model,
+            task,
+            task.training,
+            seed=seed,
+            start_step=last,
+            stop_step=moment,
+            work=work,
+            name=f"to-{moment}",
+            optimizer_state=optimizer,
+            keep_optimizer=True,
+        )
         last, optimizer = moment, reached.optimizer
         state, before = model_state(model), task.measure(model)[task.primary]
         dense = Masks.ones_like(prunable_parameters(model, exclude=exclude))
@@ -114,7 +123,10 @@ def regenerated(
     params = named_parameters(model, masks)
     masks.apply_(params)
     batch, _ = next(batches_from(task.training_loader(), seed, step))
-    growth = _gradients(Probe(model, params, [batch], task.batch_loss))
+    held = to_device(batch, next(model.parameters()).device)
+    with own_randomness():
+        torch.manual_seed(mix(seed, step, 1))  # the dropout of that step
+        growth = _gradients(Probe(model, params, [held], task.batch_loss))
     exchanged = {
         n: prune_and_regrow(p.detach(), masks[n], growth[n], rate) for n, p in params.items()
     }
@@ -142,10 +154,17 @@ def _quality_after(
 ) -> float:
     """The primary metric once the masks are applied and `steps` updates are made under them."""
     fit_once(
-        model, task, task.training, seed=seed, start_step=moment, stop_step=moment + steps,
-        work=work, name=name, optimizer_state=optimizer,
+        model,
+        task,
+        task.training,
+        seed=seed,
+        start_step=moment,
+        stop_step=moment + steps,
+        work=work,
+        name=name,
+        optimizer_state=optimizer,
         attach=lambda net, held, _: [
             MaskKeeper(net, held, masks.clone(), optimizer_state="zeroed")
         ],
-    )  # fmt: skip
+    )
     return task.measure(model)[task.primary]

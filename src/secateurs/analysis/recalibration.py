@@ -8,7 +8,7 @@ average over some batches (the cumulative average of `torch.nn.BatchNorm2d` with
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import DataLoader
 
 from secateurs.errors import require
-from secateurs.task import Split, forward, split_batch, to_device
+from secateurs.task import Split, split_batch, to_device
 from secateurs.training.order import batches_from, steps_per_epoch
 
 
@@ -51,7 +51,7 @@ def recalibrate(
     with _estimating(model, layers), torch.no_grad():
         for batch, _ in islice(batches_from(loader, seed, 0), count):
             inputs, _ = split(to_device(batch, device))
-            forward(model, inputs)
+            model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 @contextmanager

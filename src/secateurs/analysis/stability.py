@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from secateurs.errors import InputError, require
+from secateurs.errors import InputError, described, require
 from secateurs.parts.masks import Masks
 from secateurs.task import Task
 from secateurs.training.order import mix
@@ -33,12 +33,15 @@ def distance(
     """Distance of two states over the surviving weights: Euclidean, or the angle in degrees.
 
     Raises:
-        InputError: a masked tensor is missing from one of them, or unknown metric.
+        InputError: a masked tensor is missing from one of them, nothing survives, or unknown
+            metric.
     """
     require(metric in ("l2", "angle"), "metric", metric, "l2 or angle")
     for name in masks:
         if name not in a or name not in b:
             raise InputError("state", name, "two states with the masked tensors")
+    if not any(bool(m.any()) for m in masks.values()):
+        raise InputError("masks", described("no survivor"), "masks with at least one survivor")
     x = torch.cat([a[n][m].double() for n, m in masks.items()])
     y = torch.cat([b[n][m].double() for n, m in masks.items()])
     if metric == "l2":

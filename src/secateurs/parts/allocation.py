@@ -89,7 +89,7 @@ def _fill(
     total = sum(size.values())
     spent = sum(fixed[name] * size[name] for name in fixed)
     left = density * total - spent
-    if left < 0 or (not raw and left != 0):
+    if left < 0 or (left == 0) == bool(raw):
         raise InputError(
             "density", density, f"at least {spent / total:.6g}, what the dense tensors take"
         )

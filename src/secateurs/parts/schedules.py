@@ -108,9 +108,11 @@ class Exponential(Schedule):
 
     def __call__(self, step: int) -> float:
         progress = self.share(step)
-        if progress == 1:
-            return self.final
-        return 1 - (1 - self.initial) * ((1 - self.final) / (1 - self.initial)) ** progress
+        if progress in (0, 1):
+            return self.final if progress else self.initial
+        density = (1 - self.initial) * ((1 - self.final) / (1 - self.initial)) ** progress
+        low, high = sorted((self.initial, self.final))
+        return min(max(1 - density, low), high)  # powers round beyond the ends
 
 
 SCHEDULES: dict[str, type[Schedule]] = {

@@ -69,7 +69,7 @@ def _latency(row: Mapping[str, Any]) -> float | None:
 
 
 AXES: dict[str, tuple[str, Callable[[Mapping[str, Any]], float | None]]] = {
-    "density": ("Weights kept", _density),
+    "density": ("Parameters left", _density),
     "macs": ("MACs promised", _macs),
     "latency": ("Milliseconds measured", _latency),
 }
@@ -110,37 +110,45 @@ def trade_off(board: Sequence[Mapping[str, Any]], *, x: str | None = None) -> go
                 curves.append(rows)
                 style = labels.index(label)
                 traces.append(_method_trace(go, rows, first, style, panel, legend=panel == 0))
-    height = 400 * len(tasks) + 22 * math.ceil(len(labels) / 4)
-    figure = _figure(go, traces, height, margin={"l": 64, "r": 18, "t": 26, "b": 60})
+    room, narrow_room = (_legend_room(labels, width) for width in (900, 320))
+    figure = _figure(
+        go, traces, 400 * len(tasks) + room, {"l": 20, "r": 18, "t": 46, "b": 56 + room}
+    )
     domains = _stacked(len(tasks), gap=0.14)
     for panel, task in enumerate(tasks):
         rows = [r for r in board if r["task"] == task]
         suffix = _suffix(panel)
-        metric = rows[0]["metric"]
-        ratio = numbers.is_ratio(metric, rows[0]["mean"])
-        better = "" if rows[0]["higher_is_better"] else " (lower is better)"
+        metric, scale = rows[0]["metric"], _scale(rows)
         figure.update_layout(
             {
                 f"xaxis{suffix}": {**_axis_layout(first, rows), "anchor": f"y{suffix}"},
                 f"yaxis{suffix}": {
-                    **_line_axis(f"{_text(metric)}{better}"),
+                    **_quality_axis(metric, scale, rows[0]["higher_is_better"]),
                     "domain": domains[panel],
                     "anchor": f"x{suffix}",
-                    "range": _quality_range(rows, metric),
-                    "tickformat": ".0~%" if ratio else None,
+                    "range": _quality_range(rows, scale),
                 },
             }
         )
-        _dense_line(figure, rows, metric, suffix)
+        _dense_line(figure, rows, metric, scale, suffix)
         if len(tasks) > 1:
             figure.add_annotation(
                 text=f"<b>{_text(task)}</b>", x=0, xref=f"x{suffix} domain", xanchor="left",
                 y=1, yref=f"y{suffix} domain", yanchor="bottom", showarrow=False,
             )  # fmt: skip
+    menus = [_axis_buttons(known, first, curves, tasks, board)] if len(known) > 1 else []
+    closer = _close_up_buttons(board, tasks)
     figure.update_layout(
         legend=_legend_below(),
-        updatemenus=[_axis_buttons(known, first, curves, tasks, board)] if len(known) > 1 else [],
-        meta={"narrow": {"margin.l": 50, "margin.r": 6}, "wide": {"margin.l": 64, "margin.r": 18}},
+        updatemenus=menus + ([closer] if closer else []),
+        meta={
+            "wide": {"height": 400 * len(tasks) + room, "margin.b": 56 + room, "margin.r": 18},
+            "narrow": {
+                "height": 340 * len(tasks) + narrow_room,
+                "margin.b": 56 + narrow_room,
+                "margin.r": 4,
+            },
+        },
     )
     return figure
 
@@ -166,15 +174,16 @@ def _method_trace(
 ) -> Any:
     colour = PALETTE[style % len(PALETTE)]
     symbol = SYMBOLS[(style + style // len(PALETTE)) % len(SYMBOLS)]
-    halves = [0.0 if r["high"] is None else r["high"] - r["mean"] for r in rows]
+    scale = _scale(rows)
+    halves = [0.0 if r["high"] is None else scale * (r["high"] - r["mean"]) for r in rows]
     return go.Scatter(
         x=[AXES[axis][1](r) for r in rows],
-        y=[r["mean"] for r in rows],
+        y=[scale * r["mean"] for r in rows],
         error_y={"array": halves, "thickness": 1.2, "width": 4, "color": colour},
         name=_text(rows[0]["label"]),
         legendgroup=_text(rows[0]["label"]),
         showlegend=legend,
-        mode="lines+markers",
+        mode=_mode(axis),
         line={"color": colour, "width": 2, "dash": "solid" if style < len(PALETTE) else "dot"},
         marker={"color": colour, "size": 8, "symbol": symbol},
         hovertext=[_hover(r) for r in rows],
@@ -184,6 +193,16 @@ def _method_trace(
     )
 
 
+def _mode(axis: str) -> str:
+    """Measured times are noisy: a line through them would tell nothing."""
+    return "markers" if axis == "latency" else "lines+markers"
+
+
+def _scale(rows: Iterable[Mapping[str, Any]]) -> int:
+    """100 for metrics that are shown in percent, else 1."""
+    return 100 if all(numbers.is_ratio(r["metric"], r["mean"]) for r in rows) else 1
+
+
 def _hover(row: Mapping[str, Any]) -> str:
     half = None if row["high"] is None else row["high"] - row["mean"]
     quality = numbers.quality_interval(row["mean"], half, row["metric"], 2)
@@ -191,7 +210,7 @@ def _hover(row: Mapping[str, Any]) -> str:
     lines = [
         f"<b>{_text(row['label'])}</b>, {_text(row['budget'])}",
         f"{_text(row['metric'])} {quality} ({seeds})",
-        f"{numbers.count(row['nonzero'])} weights, {numbers.share(1 - row['sparsity'])}",
+        f"{numbers.count(row['nonzero'])} parameters, {numbers.share(1 - row['sparsity'])}",
         f"{numbers.count(row['effective_macs'])} MACs promised",
     ]
     if row["latency_ms"] is not None:
@@ -221,8 +240,8 @@ def _axis_layout(axis: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 
 
 def _log_ticks(low: float, high: float, axis: str) -> dict[str, Any]:
-    """1, 2 and 5 of every decade, or only its 1 where there are many."""
-    digits = (1, 2, 5) if high / low < 1e3 else (1,)
+    """1, 2, 5 (and 3, 7 over a short range) of every decade, or only its 1 over a long one."""
+    digits = (1, 2, 3, 5, 7) if high / low < 20 else (1, 2, 5) if high / low < 1e3 else (1,)
     decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     ticks = [d * 10.0**e for e in decades for d in digits]
     ticks = [t for t in ticks if low / 1.2 <= t <= high * 1.2]
@@ -248,8 +267,8 @@ def _axis_buttons(
             for key in ("type", "range", "tickmode", "tickvals", "ticktext", "ticksuffix",
                         "tickformat"):  # fmt: skip
                 changes[f"xaxis{_suffix(panel)}.{key}"] = layout.get(key)
-        xs = [[value(row) for row in rows] for rows in curves]
-        buttons.append({"label": title, "method": "update", "args": [{"x": xs}, changes]})
+        data = {"x": [[value(row) for row in rows] for rows in curves], "mode": _mode(axis)}
+        buttons.append({"label": title, "method": "update", "args": [data, changes]})
     return {
         "type": "buttons",
         "direction": "right",
@@ -259,33 +278,69 @@ def _axis_buttons(
     }  # fmt: skip
 
 
-def _quality_range(rows: Sequence[Mapping[str, Any]], metric: str) -> list[float]:
-    values = [r[key] for r in rows for key in ("mean", "low", "high", "dense_quality")]
-    finite = [v for v in values if v is not None and math.isfinite(v)]
+def _close_up_buttons(
+    board: Sequence[Mapping[str, Any]], tasks: Sequence[str]
+) -> dict[str, Any] | None:
+    """Buttons between all methods and the better half, where a few failures hide the rest."""
+    whole, closer, useful = {}, {}, False
+    for panel, task in enumerate(tasks):
+        rows = [r for r in board if r["task"] == task and math.isfinite(r["mean"])]
+        if not rows:
+            continue
+        rows.sort(key=lambda r: r["mean"], reverse=rows[0]["higher_is_better"])
+        scale, key = _scale(rows), f"yaxis{_suffix(panel)}.range"
+        points = [{**r, "low": None, "high": None} for r in rows[: math.ceil(0.6 * len(rows))]]
+        whole[key], closer[key] = _quality_range(rows, scale), _quality_range(points, scale)
+        spans = [r[key][1] - r[key][0] for r in (closer, whole)]
+        useful |= spans[0] < spans[1] / 4
+    if not useful:
+        return None
+    return {
+        "type": "buttons",
+        "direction": "right",
+        "buttons": [
+            {"label": "All", "method": "relayout", "args": [whole]},
+            {"label": "Close-up", "method": "relayout", "args": [closer]},
+        ],
+        "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom", "pad": {"b": 6},
+    }  # fmt: skip
+
+
+def _quality_range(rows: Sequence[Mapping[str, Any]], scale: int) -> list[float]:
+    keys = ("mean", "low", "high", "dense_quality")
+    finite = [r[k] for r in rows for k in keys if r[k] is not None and math.isfinite(r[k])]
     if not finite:
         return [0.0, 1.0]
     low, high = min(finite), max(finite)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     low, high = low - margin, high + margin
-    if all(numbers.is_ratio(metric, r["mean"]) for r in rows):
+    if scale == 100:
         low, high = max(low, 0.0), min(high, 1.0 + 0.3 * margin)
-    return [low, high]
+    return [scale * low, scale * high]
+
+
+def _quality_axis(metric: str, scale: int, higher_is_better: bool) -> dict[str, Any]:
+    better = "" if higher_is_better else " (lower is better)"
+    return {
+        **_line_axis(_text(metric[:1].upper() + metric[1:]) + better),
+        "ticksuffix": " %" if scale == 100 else "",
+    }
 
 
 def _dense_line(
-    figure: Any, rows: Sequence[Mapping[str, Any]], metric: str, suffix: str
+    figure: Any, rows: Sequence[Mapping[str, Any]], metric: str, scale: int, suffix: str
 ) -> None:
     known = [r["dense_quality"] for r in rows if r["dense_quality"] is not None]
     if not known:
         return
     value = sum(known) / len(known)
     figure.add_shape(
-        type="line", x0=0, x1=1, xref=f"x{suffix} domain", y0=value, y1=value,
+        type="line", x0=0, x1=1, xref=f"x{suffix} domain", y0=scale * value, y1=scale * value,
         yref=f"y{suffix}", line={"color": GREY, "width": 1.4, "dash": "dash"}, layer="below",
     )  # fmt: skip
     figure.add_annotation(
         text=f"dense {numbers.quality(value, metric)}", x=1, xref=f"x{suffix} domain",
-        xanchor="right", y=value, yref=f"y{suffix}", yanchor="bottom", showarrow=False,
+        xanchor="right", y=scale * value, yref=f"y{suffix}", yanchor="bottom", showarrow=False,
         font={"color": GREY, "size": 12},
     )  # fmt: skip
 
@@ -310,41 +365,40 @@ def promised_and_measured(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     macs = [float(row["macs"]) for row in rows]
     timings = [row["latency"] for row in rows]
     medians = [0.0 if t is None else t["median"] for t in timings]
-    timed = [
-        "not timed" if t is None else numbers.milliseconds(t["median"]) for t in timings
-    ]
+    highs = [0.0 if t is None else t["high"] for t in timings]
+    timed = ["not timed" if t is None else numbers.latency(t) for t in timings]
     spans = {
-        "array": [0 if t is None else t["high"] - t["median"] for t in timings],
+        "array": [high - median for high, median in zip(highs, medians, strict=True)],
         "arrayminus": [0 if t is None else t["median"] - t["low"] for t in timings],
     }
-    bar = {"orientation": "h", "y": places, "textposition": "outside", "cliponaxis": False}
+    bar = {"orientation": "h", "y": places, "hoverinfo": "text", "marker": {"color": colours}}
+    words = {"y": places, "mode": "text", "textposition": "middle right", "hoverinfo": "skip",
+             "cliponaxis": False}  # fmt: skip
+    counted = [numbers.count(m) for m in macs]
     traces = [
         go.Bar(
-            x=macs, text=[numbers.count(m) for m in macs], marker={"color": colours},
-            hovertext=[f"{n}: {numbers.count(m)} MACs" for n, m in zip(names, macs, strict=True)],
-            hoverinfo="text", xaxis="x", yaxis="y", **bar,
+            x=macs, hovertext=[f"{n}: {m} MACs" for n, m in zip(names, counted, strict=True)],
+            **bar,
         ),
+        go.Scatter(x=macs, text=[f" {text}" for text in counted], **words),
         go.Bar(
-            x=medians, text=timed, marker={"color": colours},
-            error_x={
-                "type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
-                "color": GREY, **spans,
-            },
-            hovertext=[f"{n}: {t}" for n, t in zip(names, timed, strict=True)],
-            hoverinfo="text", xaxis="x2", yaxis="y2", **bar,
+            x=medians, hovertext=[f"{n}: {t}" for n, t in zip(names, timed, strict=True)],
+            error_x={"type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
+                     "color": GREY, **spans},
+            xaxis="x2", yaxis="y2", **bar,
         ),
+        go.Scatter(x=highs, text=[f" {t}" for t in timed], xaxis="x2", yaxis="y2", **words),
     ]  # fmt: skip
-    height = 92 + 30 * len(rows)
+    height = 60 + 30 * len(rows)
     figure = _figure(go, traces, height, margin={"l": 20, "r": 12, "t": 34, "b": 8})
     ticks = {"tickmode": "array", "tickvals": places, "ticktext": names}
     side = {
         "range": [len(rows) - 0.4, -0.6], "showgrid": False, "automargin": True, "zeroline": False,
     }  # fmt: skip
-    longest = max([0.0] + [t["high"] for t in timings if t is not None])
     hidden = {"showticklabels": False, "showgrid": False, "zeroline": False, "fixedrange": True}
     figure.update_layout(
-        xaxis={**hidden, "domain": [0, 0.46], "range": [0, 1.3 * max([*macs, 1e-9])]},
-        xaxis2={**hidden, "domain": [0.54, 1], "anchor": "y2", "range": [0, 1.3 * longest or 1]},
+        xaxis={**hidden, "domain": [0, 0.46], "range": [0, 1.3 * max(macs) or 1]},
+        xaxis2={**hidden, "domain": [0.54, 1], "anchor": "y2", "range": [0, 1.7 * max(highs) or 1]},
         yaxis={**side, **ticks, "fixedrange": True},
         yaxis2={**side, **ticks, "anchor": "x2", "showticklabels": False, "fixedrange": True},
         bargap=0.45,
@@ -354,7 +408,7 @@ def promised_and_measured(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
         ],
         meta={
             "narrow": {
-                "height": 120 + 60 * len(rows), "xaxis.domain": [0, 1], "xaxis2.domain": [0, 1],
+                "height": 110 + 56 * len(rows), "xaxis.domain": [0, 1], "xaxis2.domain": [0, 1],
                 "yaxis.domain": [0.56, 1], "yaxis2.domain": [0, 0.44],
                 "yaxis2.showticklabels": True,
             },
@@ -417,26 +471,41 @@ def _few_layers(
 ) -> go.Figure:
     places = list(range(len(layers)))
     bars = go.Bar(
-        x=shares, y=places, orientation="h", marker={"color": BLUE},
-        text=[f"{numbers.share(s / 100)}" if s else "emptied" for s in shares],
-        textposition="outside", cliponaxis=False, hovertext=hover, hoverinfo="text",
+        x=shares, y=places, orientation="h", marker={"color": BLUE}, hovertext=hover,
+        hoverinfo="text",
     )  # fmt: skip
-    height = 84 + 28 * len(layers)
-    figure = _figure(go, [bars], height, margin={"l": 20, "r": 20, "t": 28, "b": 34})
+    # an axis on the right needs a trace of its own, or it is not drawn
+    right = go.Scatter(x=[None], y=[None], yaxis="y2", hoverinfo="skip")
+    height = 66 + 28 * len(layers)
+    figure = _figure(go, [bars, right], height, margin={"l": 20, "r": 20, "t": 28, "b": 34})
     names = [_text(_elided(str(row["name"]), 34)) for row in layers]
+    short = [numbers.share(s / 100) if s else "emptied" for s in shares]
+    full = [
+        f"{text}, {numbers.count(row['kept'])} of {numbers.count(row['total'])}"
+        for text, row in zip(short, layers, strict=True)
+    ]
+    side = {
+        "tickmode": "array", "tickvals": places, "showgrid": False, "automargin": True,
+        "range": [len(layers) - 0.4, -0.6], "zeroline": False, "fixedrange": True,
+        "ticklabelstandoff": 6,
+    }  # fmt: skip
     figure.update_layout(
         bargap=0.4,
-        xaxis={**_line_axis(""), "range": [0, 1.14 * top], "ticksuffix": " %", "nticks": 6},
-        yaxis={
-            "tickmode": "array", "tickvals": places, "ticktext": names, "showgrid": False,
-            "range": [len(layers) - 0.4, -0.6], "automargin": True, "zeroline": False,
-            "fixedrange": True,
+        xaxis={**_line_axis(""), "range": [0, top], "ticksuffix": " %", "nticks": 6},
+        yaxis={**side, "ticktext": names},
+        yaxis2={**side, "ticktext": full, "side": "right", "overlaying": "y"},
+        meta={
+            "narrow": {
+                "yaxis2.ticktext": short,
+                "yaxis.ticktext": [_text(_elided(str(row["name"]), 18)) for row in layers],
+            },
+            "wide": {"yaxis2.ticktext": full, "yaxis.ticktext": names},
         },
-    )  # fmt: skip
+    )
     _emptied(figure, go, [(0.0, p, h) for p, s, h in zip(places, shares, hover, strict=True)
                           if not s])  # fmt: skip
     figure.add_shape(
-        type="line", x0=overall, x1=overall, y0=0, y1=1, yref="paper",
+        type="line", x0=overall, x1=overall, y0=0, y1=1, yref="paper", layer="below",
         line={"color": GREY, "width": 1.4, "dash": "dash"},
     )  # fmt: skip
     figure.add_annotation(
@@ -459,14 +528,13 @@ def _many_layers(
         x=places, y=shares, marker={"color": BLUE, "line": {"width": 0}},
         hovertext=hover, hoverinfo="text",
     )  # fmt: skip
-    figure = _figure(go, [bars], 320, margin={"l": 56, "r": 14, "t": 28, "b": 48})
+    figure = _figure(go, [bars], 320, margin={"l": 20, "r": 14, "t": 28, "b": 48})
     figure.update_layout(
         bargap=0.25,
         xaxis={**_line_axis("Layer, in the order of the network"), "showgrid": False,
                "range": [0.4, len(shares) + 0.6]},
         yaxis={**_line_axis("Weights kept"), "range": [0, 1.04 * top], "ticksuffix": " %"},
         hovermode="x",
-        meta={"narrow": {"margin.l": 46, "margin.r": 4}, "wide": {"margin.l": 56, "margin.r": 14}},
     )  # fmt: skip
     _emptied(figure, go, [(p, 0.0, h) for p, s, h in zip(places, shares, hover, strict=True)
                           if not s])  # fmt: skip
@@ -526,11 +594,12 @@ def rounds(
     series = [("at the end of training", metric, BLUE, "circle")]
     if all(isinstance(r.get(f"early_stop_{metric}"), int | float) for r in records):
         series.append(("at the early-stopping step", f"early_stop_{metric}", ORANGE, "square"))
+    scale = 100 if all(numbers.is_ratio(metric, r[metric]) for r in records) else 1
     traces = []
     for name, key, colour, symbol in series:
         traces.append(
             go.Scatter(
-                x=densities, y=[r[key] for r in records], mode="lines+markers", name=name,
+                x=densities, y=[scale * r[key] for r in records], mode="lines+markers", name=name,
                 line={"color": colour, "width": 2},
                 marker={"color": colour, "size": 7, "symbol": symbol},
                 hovertext=[
@@ -541,10 +610,8 @@ def rounds(
                 hoverinfo="text", showlegend=len(series) > 1,
             )
         )  # fmt: skip
-    height = 340 + (30 if len(series) > 1 else 0)
-    figure = _figure(go, traces, height, margin={"l": 64, "r": 18, "t": 20, "b": 56})
-    ratio = all(numbers.is_ratio(metric, r[metric]) for r in records)
-    better = "" if higher_is_better else " (lower is better)"
+    room = 30 if len(series) > 1 else 0
+    figure = _figure(go, traces, 340 + room, {"l": 20, "r": 18, "t": 20, "b": 56 + room})
     xaxis: dict[str, Any] = {**_line_axis("Weights kept, round by round"), "ticksuffix": " %"}
     low, high = min(densities), max(densities)
     if logarithmic:
@@ -557,13 +624,12 @@ def rounds(
         xaxis["range"] = [high + margin, low - margin]
     figure.update_layout(
         xaxis=xaxis,
-        yaxis={**_line_axis(f"{_text(metric)}{better}"), "tickformat": ".1~%" if ratio else None},
+        yaxis=_quality_axis(metric, scale, higher_is_better),
         legend=_legend_below(),
-        meta={"narrow": {"margin.l": 52, "margin.r": 6}, "wide": {"margin.l": 64, "margin.r": 18}},
     )
     if records[0]["density"] == 1:
         first = {"dense_quality": records[0][metric]}
-        _dense_line(figure, [first], metric, "")
+        _dense_line(figure, [first], metric, scale, "")
     return figure
 
 
@@ -605,7 +671,7 @@ def learning_curves(events: Sequence[Mapping[str, Any]]) -> go.Figure:
     for name, steps in stages.items():
         first = steps[0]["step"]
         losses = [float(e["loss"]) for e in steps]
-        means = _running_mean(losses, max(1, len(losses) // 20))
+        means = _running_mean(losses, max(1, len(losses) // 30))
         for number, event in enumerate(steps):
             if number % stride and number + 1 < len(steps):
                 continue
@@ -632,14 +698,14 @@ def learning_curves(events: Sequence[Mapping[str, Any]]) -> go.Figure:
             hovertext=smooth["text"], hoverinfo="text",
         ),
     ]  # fmt: skip
-    figure = _figure(go, traces, 320, margin={"l": 64, "r": 18, "t": 26, "b": 52})
+    figure = _figure(go, traces, 320, margin={"l": 20, "r": 18, "t": 26, "b": 52})
     finite = [y for y in raw["y"] if y is not None and y > 0]
     logarithmic = bool(finite) and max(finite) / min(finite) > 30
     figure.update_layout(
         xaxis={**_line_axis("Optimizer steps"), "range": [0, start], "showgrid": False},
         yaxis={**_line_axis("Training loss"), "type": "log" if logarithmic else "linear",
-               "rangemode": "normal" if logarithmic else "tozero", "nticks": 6},
-        meta={"narrow": {"margin.l": 50, "margin.r": 6}, "wide": {"margin.l": 64, "margin.r": 18}},
+               "rangemode": "normal" if logarithmic else "tozero",
+               "dtick": 1 if logarithmic else None, "nticks": 6},
     )  # fmt: skip
     named = len(borders) <= 6
     for name, x in borders:
@@ -665,11 +731,11 @@ def _stage_label(name: str) -> str:
     return parts[-1]
 
 
-def _running_mean(values: Sequence[float], width: int) -> list[float]:
-    """The mean of the last `width` values at every place."""
+def _running_mean(values: Sequence[float], half: int) -> list[float]:
+    """The mean of each value and up to `half` neighbours on either side."""
     out = []
-    for end in range(1, len(values) + 1):
-        window = values[max(0, end - width) : end]
+    for place in range(len(values)):
+        window = values[max(0, place - half) : place + half + 1]
         out.append(sum(window) / len(window))
     return out
 
@@ -745,8 +811,9 @@ def _figure(go: Any, traces: Sequence[Any], height: int, margin: Mapping[str, in
 
 def _line_axis(title: str) -> dict[str, Any]:
     return {
-        "title": {"text": title, "standoff": 10}, "gridcolor": GRID, "zeroline": False,
-        "linecolor": GREY, "ticks": "", "ticklabelstandoff": 4,
+        "title": {"text": title, "standoff": 12, "font": {"size": 13}}, "gridcolor": GRID,
+        "zeroline": False, "linecolor": GREY, "ticks": "", "ticklabelstandoff": 4,
+        "automargin": True, "fixedrange": True,
     }  # fmt: skip
 
 
@@ -755,6 +822,12 @@ def _legend_below() -> dict[str, Any]:
         "orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container",
         "yanchor": "bottom", "itemwidth": 30, "traceorder": "normal",
     }  # fmt: skip
+
+
+def _legend_room(labels: Sequence[str], width: int) -> int:
+    """Pixels that a legend below the plot takes."""
+    entry = 55 + 7.5 * max(len(label) for label in labels)
+    return 22 * math.ceil(len(labels) / max(1, int(width // entry)))
 
 
 def _stacked(panels: int, gap: float) -> list[list[float]]:

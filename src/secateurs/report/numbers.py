@@ -120,9 +120,7 @@ def quality(value: float | None, metric: str, digits: int = 1) -> str:
     return percent(value, digits) if is_ratio(metric, value) else plain(value)
 
 
-def quality_interval(
-    value: float | None, half: float | None, metric: str, digits: int = 1
-) -> str:
+def quality_interval(value: float | None, half: float | None, metric: str, digits: int = 1) -> str:
     """A metric's mean and the half width of its interval: 97.1 % ± 0.4."""
     shown = quality(value, metric, digits)
     if value is None or half is None or not math.isfinite(value):

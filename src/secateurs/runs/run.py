@@ -133,6 +133,8 @@ class Run:
             return outcome
 
     def _stages(self, work: Workspace) -> Outcome:
+        from secateurs.zoo.catalog import has_weights
+
         recipe = self.recipe
         task = recipe.make_task()
         model = task.starting_model(recipe.seed)
@@ -155,6 +157,12 @@ class Run:
                     work=place,
                 )
                 model = outcome.model
+                trained_before = has_weights(recipe.model) or any(
+                    s.kind == "train" for s in recipe.stages[:number]
+                )
+                if not trained_before and not outcome.history:
+                    # fresh weights are no dense network to compare with
+                    outcome.metrics_before = {}
                 if before is not None:
                     outcome.before = before.before
                     outcome.metrics_before = before.metrics_before

@@ -160,7 +160,7 @@ def fit(
     )
     log_every = max(1, (stop - start_step) // 200)
     try:
-        with work.progress(name, stop - start_step) as advance, _own_randomness():
+        with work.progress(name, stop - start_step) as advance, own_randomness():
             advance(history.steps - start_step)
             for step in range(history.steps, stop):
                 torch.manual_seed(mix(seed, step, 1))
@@ -292,7 +292,7 @@ def _check(loss: Tensor, name: str, step: int) -> None:
 
 
 @contextmanager
-def _own_randomness() -> Iterator[None]:
+def own_randomness() -> Iterator[None]:
     """Give the caller's generators back as they were."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):

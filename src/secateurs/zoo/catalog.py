@@ -85,7 +85,10 @@ def make_task(
     found = load_data(data)
     own = found.task
     defaults = default_settings(model, data) if own is None else (own.training, own.finetuning)
-    recipes: dict[str, Any] = {"training": training or defaults[0], "finetuning": finetuning or defaults[1]}
+    recipes: dict[str, Any] = {
+        "training": training or defaults[0],
+        "finetuning": finetuning or defaults[1],
+    }
     if own is not None and model == data:
         return replace(own, **recipes)
     source = load_model(model, data=found, width=width)
@@ -143,9 +146,7 @@ def remake(model: str, data: str | None = None, width: float = 1.0) -> nn.Module
     return seeded(source.architecture, 0)
 
 
-def inspectable(
-    model: str, data: str | None = None
-) -> tuple[nn.Module, Any, Mapping[str, Tensor]]:
+def inspectable(model: str, data: str | None = None) -> tuple[nn.Module, Any, Mapping[str, Tensor]]:
     """A model in eval mode, a batch of 1 that it takes, and its masks by parameter name.
 
     Masks are there for the folder of a run or of a saved outcome, and empty otherwise.

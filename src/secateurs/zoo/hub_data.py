@@ -96,9 +96,7 @@ def _read(name: str, config: str) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else {"all": found}
 
 
-def _parts(
-    splits: dict[str, Any], names: dict[str, str], label: str, text: str
-) -> tuple[Any, Any]:
+def _parts(splits: dict[str, Any], names: dict[str, str], label: str, text: str) -> tuple[Any, Any]:
     """Training and held-out rows; where there is no held-out split, a fifth is held out."""
     for part, name in names.items():
         if name and name not in splits:
@@ -232,9 +230,7 @@ def load_tokenizer(name: str) -> Any:
         ) from None
 
 
-def _language(
-    text: str, train: Any, test: Any, column: str, tokenizer: str, block: int
-) -> Data:
+def _language(text: str, train: Any, test: Any, column: str, tokenizer: str, block: int) -> Data:
     if not tokenizer:
         parts = ["\n".join(rows[column][:]).encode() for rows in (train, test)]
         streams = [byte_tokens(part) for part in parts]

@@ -75,9 +75,7 @@ class HubModel:
         raise InputError("data", None, f"a data set: {self.name} takes {name}")
 
 
-def hub_model(
-    name: str, data: Data | None, classes: int | None, dtype: torch.dtype
-) -> HubModel:
+def hub_model(name: str, data: Data | None, classes: int | None, dtype: torch.dtype) -> HubModel:
     """Find a model of transformers and the head that the data calls for.
 
     With data: a causal language model, an image classifier or a sequence classifier; without:

@@ -162,9 +162,7 @@ def _zoo(spec: Spec, options: Options, data: Data | None) -> ModelSource:
     inputs = found.inputs if data is None else _inputs(data)
 
     def resize(width: float) -> nn.Module:
-        return make_network(
-            spec.name, inputs=inputs, classes=classes, width=base * width, **own
-        )
+        return make_network(spec.name, inputs=inputs, classes=classes, width=base * width, **own)
 
     def make() -> nn.Module:
         return resize(1.0)
@@ -297,9 +295,7 @@ def _width(options: Options) -> float:
     return width
 
 
-def _example(
-    data: Data | None, inputs: Shape, vocabulary: int | None = None
-) -> Callable[[], Any]:
+def _example(data: Data | None, inputs: Shape, vocabulary: int | None = None) -> Callable[[], Any]:
     """Inputs of the data, or numbers of the right shape."""
     if data is not None:
         return data.example

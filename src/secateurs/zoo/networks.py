@@ -75,9 +75,7 @@ def network(
     """Decorator that enters a network under `name`; see `Network` for the arguments."""
 
     def enter(make: F) -> F:
-        _NETWORKS[name] = Network(
-            name, make, inputs, classes, kind, ranks or (len(inputs),), fixed
-        )
+        _NETWORKS[name] = Network(name, make, inputs, classes, kind, ranks or (len(inputs),), fixed)
         return make
 
     return enter
@@ -187,4 +185,3 @@ def initialise(model: nn.Module, init: str = "kaiming-normal") -> None:
             INITIALISATIONS[init](module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-

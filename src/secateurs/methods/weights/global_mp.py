@@ -63,14 +63,19 @@ def minimum_threshold(
     cap = {n: max(0.0, 1 - floor / size[n]) for n in size}
     capped: set[str] = set()
     while True:
+        free = [n for n in size if n not in capped]
         left = removed - sum(cap[n] * size[n] for n in capped)
-        open_weight = sum(sparsity[n] * size[n] for n in size if n not in capped)
-        scale = left / open_weight if open_weight else 0.0
-        over = {n for n in size if n not in capped and scale * sparsity[n] > cap[n]}
+        shared = {n: sparsity[n] for n in free}
+        if not any(shared.values()):
+            # the global cut spares all of these, so what is left is shared by their room
+            shared = {n: cap[n] for n in free}
+        weight = sum(shared[n] * size[n] for n in free)
+        scale = left / weight if weight else 0.0
+        over = {n for n in free if scale * shared[n] > cap[n] * (1 + 1e-12)}
         if not over:
             break
         capped |= over
-    return {n: cap[n] if n in capped else scale * sparsity[n] for n in size}
+    return {n: cap[n] if n in capped else scale * shared[n] for n in size}
 
 
 def check_floor(size: Mapping[str, int], removed: float, floor: int) -> None:

@@ -6,10 +6,10 @@ arXiv 1710.01878, equation 1: s_t = s_f + (s_i − s_f)(1 − (t − t_0)/(nΔt)
 Each layer keeps the round(n(1 − s_t)) weights of largest stored magnitude. In the original
 code the stored value of a removed weight is not zeroed: it stays frozen at what it was when it
 was cut, and may come back when a survivor shrinks below it (`revive="frozen"`). The Keras port
-zeroes it, so it practically never does (`revive="never"`). Here the forward pass always sees
-zeros; the frozen values are held aside. The update of a removed weight is masked too, momentum
-included. A last update at the end of the ramp makes the target exact whatever the frequency
-(the original may stop just short of it).
+zeroes it, so it practically never does; here `revive="never"` means never. The forward pass
+always sees zeros; the frozen values are held aside. The update of a removed weight is masked
+too, momentum included. A last update at the end of the ramp makes the target exact whatever the
+frequency (the original may stop just short of it).
 
 `scope="global"` ranks all layers together, which later papers also call GMP.
 """
@@ -134,7 +134,7 @@ class GradualMagnitudePruning(TrainingPruner):
             name: kept_at(progress, weight.numel(), self.initial, at.extra["counts"][name])
             for name, weight in stored.items()
         }
-        self._change(at, stored, self._rank(stored, counts))
+        self._change(at, stored, self._rank(at, stored, counts))
 
     def _stored(self, at: Attachment) -> dict[str, Tensor]:
         """Values by which weights are ranked: survivors as they are, others as frozen."""
@@ -143,8 +143,13 @@ class GradualMagnitudePruning(TrainingPruner):
             return {n: p.detach() for n, p in at.params.items()}
         return {n: p.detach() + shadow[n] for n, p in at.params.items()}
 
-    def _rank(self, stored: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    def _rank(
+        self, at: Attachment, stored: Mapping[str, Tensor], counts: Mapping[str, int]
+    ) -> dict[str, Tensor]:
         scores = {n: w.abs() for n, w in stored.items()}
+        if self.revive == "never":
+            # behind survivors that happen to be zero
+            scores = {n: s.masked_fill(~at.masks[n], -1.0) for n, s in scores.items()}
         if self.scope == "global":
             return largest_by_name(scores, sum(counts.values()))
         return {n: self._layer_mask(scores[n], counts[n]) for n in scores}

@@ -64,6 +64,18 @@ class OneShot(Pruner):
         require(self.iterations >= 1, "iterations", self.iterations, "at least 1")
         require(self.batches >= 1, "batches", self.batches, "at least 1")
         require(self.floor >= 0, "floor", self.floor, "0 or more weights")
+        require(
+            self.floor == 0 or self.pattern == "unstructured",
+            "floor",
+            self.floor,
+            "0 for all patterns but unstructured",
+        )
+        require(
+            not (self.allocation == "lamp" and self.saliency == "grasp"),
+            "allocation",
+            self.allocation,
+            "another one for grasp, whose scores have a sign that LAMP does not see",
+        )
 
     def prune(
         self,
