@@ -205,7 +205,8 @@ CASES: dict[str, tuple[list[object], list[str]]] = {
         ["nothing to prune"],
     ),
     "too few outputs": (
-        prune(*DIGITS, *MP, *BUDGET, *QUICK, model="python:broken_models:small"), ["labels", "0 to 3"]
+        prune(*DIGITS, *MP, *BUDGET, *QUICK, model="python:broken_models:small"),
+        ["labels", "0 to 3"],
     ),
     "truncated weights": (
         prune(*DIGITS, *MP, *BUDGET, model="zoo:convnet@{truncated}"), ["truncated.safetensors"]

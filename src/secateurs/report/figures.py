@@ -68,7 +68,12 @@ def _latency(row: Mapping[str, Any]) -> float | None:
     return None if value is None else float(value)
 
 
+def _place(row: Mapping[str, Any]) -> float:
+    return float(row["place"])
+
+
 AXES: dict[str, tuple[str, Callable[[Mapping[str, Any]], float | None]]] = {
+    "method": ("Methods", _place),
     "density": ("Parameters left", _density),
     "macs": ("MACs promised", _macs),
     "latency": ("Milliseconds measured", _latency),
@@ -79,28 +84,32 @@ AXES: dict[str, tuple[str, Callable[[Mapping[str, Any]], float | None]]] = {
 def trade_off(board: Sequence[Mapping[str, Any]], *, x: str | None = None) -> go.Figure:
     """Quality against cost: a line a method with 95 % intervals, the dense model dashed.
 
-    Buttons switch between weights kept, MACs promised and milliseconds measured. Several
+    Buttons switch between parameters left, MACs promised and milliseconds measured; where
+    every method has one budget only, they may also stand side by side in their order. Several
     tasks stand below each other.
 
     Args:
         board: rows of `secateurs.report.leaderboard.leaderboard`.
-        x: the first axis: ``density``, ``macs`` or ``latency``; by default the first of these
-            in which the rows differ.
+        x: the first axis: ``method``, ``density``, ``macs`` or ``latency``; by default the
+            first of these that is there.
 
     Raises:
         InputError: no rows, an unknown axis, or one that was not measured.
     """
     go = graph_objects()
     require(bool(board), "board", list(board), "at least one row")
+    labels = list(dict.fromkeys(row["label"] for row in board))
+    board = [{**row, "place": labels.index(row["label"])} for row in board]
     known = [axis for axis in AXES if any(AXES[axis][1](row) is not None for row in board)]
+    if len({(row["task"], row["label"]) for row in board}) < len(board):
+        known.remove("method")
     if x is not None and x not in AXES:
         raise unknown("x", x, AXES)
     if x is not None and x not in known:
-        raise InputError("x", x, "one of " + ", ".join(known) + ", which were measured")
-    first = x or next((axis for axis in known if _varies(axis, board)), known[0])
+        raise InputError("x", x, "one of " + ", ".join(known) + ", which this board has")
+    first = x or known[0]
 
     tasks = list(dict.fromkeys(row["task"] for row in board))
-    labels = list(dict.fromkeys(row["label"] for row in board))
     traces, curves = [], []
     for panel, task in enumerate(tasks):
         for label in labels:
@@ -110,7 +119,7 @@ def trade_off(board: Sequence[Mapping[str, Any]], *, x: str | None = None) -> go
                 curves.append(rows)
                 style = labels.index(label)
                 traces.append(_method_trace(go, rows, first, style, panel, legend=panel == 0))
-    room, narrow_room = (_legend_room(labels, width) for width in (900, 320))
+    room, narrow_room = (_legend_room(labels, width) for width in (900, 350))
     figure = _figure(
         go, traces, 400 * len(tasks) + room, {"l": 20, "r": 18, "t": 46, "b": 56 + room}
     )
@@ -151,16 +160,6 @@ def trade_off(board: Sequence[Mapping[str, Any]], *, x: str | None = None) -> go
         },
     )
     return figure
-
-
-def _varies(axis: str, board: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the rows of some task differ by more than a fifth along an axis."""
-    value = AXES[axis][1]
-    for task in {row["task"] for row in board}:
-        values = [v for r in board if r["task"] == task if (v := value(r)) is not None]
-        if values and min(values) < 0.8 * max(values):
-            return True
-    return False
 
 
 def _method_trace(
@@ -221,6 +220,8 @@ def _hover(row: Mapping[str, Any]) -> str:
 def _axis_layout(axis: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Title, scale and ticks of a cost axis over the given rows."""
     title, value = AXES[axis]
+    if axis == "method":
+        return _methods_axis(rows)
     values = [v for row in rows if (v := value(row)) is not None] or [1.0]
     low, high = min(values), max(values)
     if len(values) < len(rows):
@@ -237,6 +238,18 @@ def _axis_layout(axis: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     layout["ticksuffix"] = " %" if axis == "density" else ""
     layout["tickformat"] = "~s" if axis == "macs" else ""
     return layout
+
+
+def _methods_axis(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Methods side by side, each at its place."""
+    names = {row["place"]: _text(_elided(str(row["label"]), 26)) for row in rows}
+    return {
+        **_line_axis(""),
+        "type": "linear",
+        "range": [min(names) - 0.5, max(names) + 0.5],
+        "tickmode": "array", "tickvals": list(names), "ticktext": list(names.values()),
+        "ticksuffix": "", "tickformat": "",
+    }  # fmt: skip
 
 
 def _log_ticks(low: float, high: float, axis: str) -> dict[str, Any]:
@@ -380,20 +393,21 @@ def promised_and_measured(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
             x=macs, hovertext=[f"{n}: {m} MACs" for n, m in zip(names, counted, strict=True)],
             **bar,
         ),
-        go.Scatter(x=macs, text=[f" {text}" for text in counted], **words),
+        go.Scatter(x=macs, text=[f"  {text}" for text in counted], **words),
         go.Bar(
             x=medians, hovertext=[f"{n}: {t}" for n, t in zip(names, timed, strict=True)],
             error_x={"type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
                      "color": GREY, **spans},
             xaxis="x2", yaxis="y2", **bar,
         ),
-        go.Scatter(x=highs, text=[f" {t}" for t in timed], xaxis="x2", yaxis="y2", **words),
+        go.Scatter(x=highs, text=[f"  {t}" for t in timed], xaxis="x2", yaxis="y2", **words),
     ]  # fmt: skip
     height = 60 + 30 * len(rows)
     figure = _figure(go, traces, height, margin={"l": 20, "r": 12, "t": 34, "b": 8})
     ticks = {"tickmode": "array", "tickvals": places, "ticktext": names}
     side = {
         "range": [len(rows) - 0.4, -0.6], "showgrid": False, "automargin": True, "zeroline": False,
+        "ticklabelstandoff": 6,
     }  # fmt: skip
     hidden = {"showticklabels": False, "showgrid": False, "zeroline": False, "fixedrange": True}
     figure.update_layout(
@@ -406,19 +420,29 @@ def promised_and_measured(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
             _heading("MACs promised", "x", "y"),
             _heading("Milliseconds measured", "x2", "y2"),
         ],
-        meta={
-            "narrow": {
-                "height": 110 + 56 * len(rows), "xaxis.domain": [0, 1], "xaxis2.domain": [0, 1],
-                "yaxis.domain": [0.56, 1], "yaxis2.domain": [0, 0.44],
-                "yaxis2.showticklabels": True,
-            },
-            "wide": {
-                "height": height, "xaxis.domain": [0, 0.46], "xaxis2.domain": [0.54, 1],
-                "yaxis.domain": [0, 1], "yaxis2.domain": [0, 1], "yaxis2.showticklabels": False,
-            },
-        },
+        meta=_beside_or_below(len(rows), height, max(highs)),
     )  # fmt: skip
     return figure
+
+
+def _beside_or_below(rows: int, height: int, longest: float) -> dict[str, Any]:
+    """The two panels beside each other on a wide screen, below each other on a narrow one."""
+    tall = 100 + 56 * rows
+    half = 0.5 - 24 / (tall - 42)  # the heading of the lower panel needs 48 pixels
+    return {
+        "narrow": {
+            "height": tall,
+            "xaxis.domain": [0, 1], "xaxis2.domain": [0, 1],
+            "yaxis.domain": [1 - half, 1], "yaxis2.domain": [0, half],
+            "yaxis2.showticklabels": True, "xaxis2.range": [0, 2.4 * longest or 1],
+        },
+        "wide": {
+            "height": height,
+            "xaxis.domain": [0, 0.46], "xaxis2.domain": [0.54, 1],
+            "yaxis.domain": [0, 1], "yaxis2.domain": [0, 1],
+            "yaxis2.showticklabels": False, "xaxis2.range": [0, 1.7 * longest or 1],
+        },
+    }  # fmt: skip
 
 
 def _heading(text: str, x: str, y: str) -> dict[str, Any]:
@@ -819,8 +843,9 @@ def _line_axis(title: str) -> dict[str, Any]:
 
 def _legend_below() -> dict[str, Any]:
     return {
-        "orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container",
-        "yanchor": "bottom", "itemwidth": 30, "traceorder": "normal",
+        "orientation": "h", "itemwidth": 30, "traceorder": "normal",
+        "x": 0, "xref": "container", "xanchor": "left",
+        "y": 0, "yref": "container", "yanchor": "bottom",
     }  # fmt: skip
 
 

@@ -220,11 +220,32 @@ def benchmark_headline(board: Sequence[Mapping[str, Any]]) -> list[str]:
     )
     others = [f"{name} in {wins[name]}" for name in ranked[1:4]]
     first += ("; " + _listed(others) if others else "") + "."
-    hardest = min(groups.values(), key=lambda rows: 1 - max(r["sparsity"] for r in rows))
-    return [first, *_one_contest(hardest)[:1]]
+    hardest = max(groups.values(), key=lambda rows: max(row["sparsity"] for row in rows))
+    return [first, *_one_contest(hardest, hardest[0]["task"] if tasks > 1 else "")[:1]]
 
 
-def _one_contest(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def benchmark_speed(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence on how fast masked models were beside the dense one, if they were timed."""
+    known = [facts(outcome) for outcome in outcomes]
+    timed = [f for f in known if f.masked and not f.smaller and f.speed is not None]
+    if not timed:
+        return []
+    ratios = sorted(f.speed for f in timed if f.speed is not None)
+    span = numbers.factor(ratios[0])
+    if numbers.factor(ratios[-1]) != span:
+        span += f" to {numbers.factor(ratios[-1])}"
+    if sum(f.same_speed for f in timed) > len(timed) / 2:
+        return [
+            f"The masked models run as fast as the dense one ({span}), because zeros in dense "
+            "tensors are still multiplied."
+        ]
+    return [
+        f"The masked models run at {span} the dense one's speed; their zeros are still "
+        "multiplied, so time them again before relying on that."
+    ]
+
+
+def _one_contest(rows: Sequence[Mapping[str, Any]], task: str = "") -> list[str]:
     best, metric = rows[0], rows[0]["metric"]
     half = None if best["high"] is None else best["high"] - best["mean"]
     shown = numbers.quality_interval(best["mean"], half, metric)
@@ -234,7 +255,7 @@ def _one_contest(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if best["dense_quality"] is not None:
         dense = f" (dense {numbers.quality(best['dense_quality'], metric)})"
     seeds = f" over {_plural(best['seeds'], 'seed')}" if best["seeds"] > 1 else ", one seed"
-    at = f"At {best['budget']}" + (f" on {best['task']}" if best["task"] else "")
+    at = f"For {task} at {best['budget']}" if task else f"At {best['budget']}"
     first = f"{at}, {best['label']} comes first: {score}{dense}{seeds}"
     rivals = [row["label"] for row in rows[1:] if row["tied"]]
     if rivals:
@@ -245,7 +266,7 @@ def _one_contest(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(rows) > 1:
         last = rows[-1]
         worst = numbers.quality(last["mean"], metric)
-        sentences.append(f"{last['label']} comes last with {worst}.")
+        sentences[0] += f" {last['label']} comes last with {worst}."
     return sentences
 
 

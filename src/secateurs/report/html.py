@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +21,7 @@ from secateurs.report import figures, numbers
 from secateurs.report.headline import (
     Facts,
     benchmark_headline,
+    benchmark_speed,
     facts,
     headline,
     realisation,
@@ -35,8 +36,14 @@ KEYS = (
 )  # fmt: skip
 """What the report reads of an outcome."""
 
+MANY_NOTES = 8
+"""Above this number the remaining notes stand only with their outcomes."""
+
 WIDE_TABLE = 9
 """A table with more columns than this, and fewer rows than columns, is laid on its side."""
+
+LONG_TABLE = 12
+"""A table with more rows is folded up."""
 
 TIMED_ROWS = 14
 """Rows of the plot of promised and measured costs."""
@@ -55,6 +62,11 @@ class Table:
     rows: Sequence[Sequence[str]]
     title: str = ""
     caption: str = ""
+
+    @property
+    def folded(self) -> bool:
+        """Whether the table is shown only when asked for."""
+        return len(self.rows) > LONG_TABLE
 
     @property
     def right(self) -> list[bool]:
@@ -171,6 +183,7 @@ class Page:
     headline: Sequence[str]
     tiles: Sequence[Tile]
     notes: Sequence[Note]
+    more_notes: int
     boards: Sequence[Board]
     plots: Sequence[Plot]
     single: bool
@@ -241,11 +254,15 @@ def make_page(
     groups = grouped(outcomes)
     single = len(groups) == 1 and len(board) <= 1
     first = representative(groups[0]) if groups else None
+    groups.sort(key=_order(board))
     sections = [_section(group, events if single else ()) for group in groups]
+    notes = _notes(outcomes)
     plots = [] if single else _board_plots(board, outcomes)
     words = headline(first) if single and first is not None else benchmark_headline(board)
     if not single and not board and outcomes:
         words = [f"{len(outcomes)} outcomes, none of which was scored."]
+    if not single:
+        words += benchmark_speed(outcomes)
     environment = environment or {}
     page = Page(
         title=title,
@@ -254,7 +271,8 @@ def make_page(
         version=__version__,
         headline=words,
         tiles=_tiles(first) if single and first is not None else [],
-        notes=_notes(outcomes),
+        notes=notes[:MANY_NOTES],
+        more_notes=max(len(notes) - MANY_NOTES, 0),
         boards=[] if single else _boards(board),
         plots=plots,
         single=single,
@@ -308,6 +326,17 @@ def grouped(outcomes: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any
         key = (_task(outcome), outcome["budget"], outcome["label"])
         groups.setdefault(key, []).append(outcome)
     return list(groups.values())
+
+
+def _order(board: Sequence[Mapping[str, Any]]) -> Callable[[Sequence[Mapping[str, Any]]], int]:
+    """The place of a group in the leaderboard; groups that are not in it come last, as they are."""
+    places = {(r["task"], r["budget"], r["label"]): number for number, r in enumerate(board)}
+
+    def place(group: Sequence[Mapping[str, Any]]) -> int:
+        key = (_task(group[0]), group[0]["budget"], group[0]["label"])
+        return places.get(key, len(places))
+
+    return place
 
 
 def representative(group: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -439,18 +468,18 @@ def _costs_table(outcome: Mapping[str, Any]) -> Table | None:
                     after["dense_bytes"], "smaller", "larger"),
             _change("File, a bit mask and the kept values", numbers.size, before["sparse_bytes"],
                     after["sparse_bytes"], "smaller", "larger"),
-            _latency_row(before["latency"], after["latency"], facts(outcome)),
         ]  # fmt: skip
+        if before["latency"] or after["latency"]:
+            rows.append(_latency_row(before["latency"], after["latency"], facts(outcome)))
         batch = after["batch"]
-        caption = f"MACs and latency are those of one forward pass over {batch} " + (
-            "sample." if batch == 1 else "samples."
-        )
-        if outcome["layers"]:
+        timed = " and latency" if before["latency"] or after["latency"] else ""
+        samples = "1 sample" if batch == 1 else f"{batch} samples"
+        caption = f"MACs{timed} are those of one forward pass over {samples}."
+        if total := sum(row["total"] for row in outcome["layers"]):
             left = sum(row["kept"] for row in outcome["layers"])
-            total = sum(row["total"] for row in outcome["layers"])
             caption += (
-                f" Of the {numbers.count(total)} weights that may be pruned {numbers.share(left / total)} are "
-                "left; other parameters, such as biases, stay."
+                f" {numbers.share(left / total)} of the {numbers.count(total)} weights that may be "
+                "pruned are left; other parameters, such as biases, stay."
             )
         if after["latency"] is not None:
             caption += (
@@ -726,7 +755,7 @@ def _notes(outcomes: Sequence[Mapping[str, Any]]) -> list[Note]:
         for text in outcome["notes"]:
             counted[outcome["label"], str(text)] = counted.get((outcome["label"], str(text)), 0) + 1
     alone = len({outcome["label"] for outcome in outcomes}) == 1
-    return [
+    notes = [
         Note(
             who="" if alone else label,
             text=_capital(text) + (f" ({times} times)" if times > 1 else ""),
@@ -734,6 +763,7 @@ def _notes(outcomes: Sequence[Mapping[str, Any]]) -> list[Note]:
         )
         for (label, text), times in counted.items()
     ]
+    return sorted(notes, key=lambda note: not note.missed)
 
 
 def _speeds(outcomes: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -784,7 +814,7 @@ def _plotly_source() -> str:
 def bound(text: str) -> str:
     """Text whose numbers do not part from their units at the end of a line."""
     text = re.sub(r"(?<=\d) (?=(%|ms|s|min|h|[kMGTP]?B|times|points)\b|%)", "\u00a0", text)
-    return text.replace(" ± ", "\u00a0±\u00a0")
+    return text.replace("± ", "±\u00a0")
 
 
 def _is_number(text: str) -> bool:

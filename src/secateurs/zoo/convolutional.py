@@ -147,7 +147,8 @@ def stacked_convs(inputs: Shape, classes: int, width: float = 1.0, *, pairs: int
     """Conv-2, Conv-4 and Conv-6 of the lottery-ticket paper (arXiv 1803.03635, figure 2).
 
     Pairs of convolutions of 64, 128 and 256 channels, each followed by pooling, then linear
-    layers of 256 and 256: 4.3, 2.4 and 1.7 million weights on 32x32 images.
+    layers of 256 and 256: 4.3, 2.4 and 2.3 million weights on 32x32 images (the
+    paper prints 1.7 for the last).
 
     Args:
         pairs: of convolutions, 1 to 3.
