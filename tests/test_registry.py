@@ -28,6 +28,7 @@ class Sample:
     count: int | None = option(None, "a number, or none")
     pairs: dict[str, float] = option({}, "names and shares")
     arms: tuple[Literal["x", "y"], ...] = option(("x",), "several choices")
+    shift: float = option(0.0, "any number")
 
     def __post_init__(self):
         require(0 < self.rate < 1, "rate", self.rate, "a share in (0, 1)")
@@ -69,6 +70,9 @@ def test_strings_become_the_types_of_the_fields():
         ({"rate": "much"}, "rate: got 'much'"),
         ({"kind": "c"}, "kind: got 'c'"),
         ({"arms": ["x", "z"]}, "arms.*'z'"),
+        ({"shift": float("nan")}, "shift: got nan; accepted: a finite number"),
+        ({"shift": "inf"}, "shift: got inf"),
+        ({"pairs": {"a": float("-inf")}}, "pairs: got -inf"),
     ],
 )
 def test_bad_options_are_named(options, message):

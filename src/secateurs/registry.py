@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import importlib
+import math
 import pkgutil
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -195,7 +196,7 @@ def build(cls: type[Any], options: Mapping[str, Any]) -> Any:
         if key not in names:
             raise unknown("option", key, names)
     try:
-        return TypeAdapter(cls).validate_python(dict(options))
+        made = TypeAdapter(cls).validate_python(dict(options))
     except ValidationError as failure:
         first = failure.errors()[0]
         cause = first.get("ctx", {}).get("error")
@@ -203,6 +204,18 @@ def build(cls: type[Any], options: Mapping[str, Any]) -> Any:
             raise cause from None
         where = ".".join(str(part) for part in first["loc"] if isinstance(part, str | int))
         raise InputError(where or cls.__name__, first["input"], first["msg"]) from None
+    for name in names:
+        for number in _floats(getattr(made, name)):
+            require(math.isfinite(number), name, number, "a finite number")
+    return made
+
+
+def _floats(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _floats(part)
 
 
 @dataclass(frozen=True)

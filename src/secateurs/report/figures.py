@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateurs.errors import InputError, described, require, unknown
 from secateurs.report import numbers
+from secateurs.report.leaderboard import dense_quality
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -343,10 +344,9 @@ def _quality_axis(metric: str, scale: int, higher_is_better: bool) -> dict[str, 
 def _dense_line(
     figure: Any, rows: Sequence[Mapping[str, Any]], metric: str, scale: int, suffix: str
 ) -> None:
-    known = [r["dense_quality"] for r in rows if r["dense_quality"] is not None]
-    if not known:
+    value = dense_quality(rows)
+    if value is None:
         return
-    value = sum(known) / len(known)
     figure.add_shape(
         type="line", x0=0, x1=1, xref=f"x{suffix} domain", y0=scale * value, y1=scale * value,
         yref=f"y{suffix}", line={"color": GREY, "width": 1.4, "dash": "dash"}, layer="below",
@@ -786,11 +786,8 @@ def to_png(
         missing = described("kaleido is not installed")
         raise InputError("png", missing, "pip install 'secateurs[report]'") from None
     still = go.Figure(figure)
-    still.update_layout(
-        updatemenus=[], paper_bgcolor="white", plot_bgcolor="white", font={"color": "#1f2328"}
-    )
-    if figure.layout.updatemenus:
-        still.update_layout(margin={"t": 30})
+    still.update_layout(paper_bgcolor="white", plot_bgcolor="white", font={"color": "#1f2328"})
+    still.layout.updatemenus = ()
     options = {
         "format": "png", "width": width, "height": height or figure.layout.height or 400,
         "scale": 2,

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateurs.report import numbers
+from secateurs.report.leaderboard import dense_quality
 
-CLOSE = 0.05
+CLOSE = 0.1
 """Two latencies that differ by less than this share count as equal."""
 
 
@@ -252,8 +253,8 @@ def _one_contest(rows: Sequence[Mapping[str, Any]], task: str = "") -> list[str]
     ratio = numbers.is_ratio(metric, best["mean"])
     score = f"{shown} {metric}" if ratio else f"{metric} {shown}"
     dense = ""
-    if best["dense_quality"] is not None:
-        dense = f" (dense {numbers.quality(best['dense_quality'], metric)})"
+    if (known := dense_quality(rows)) is not None:
+        dense = f" (dense {numbers.quality(known, metric)})"
     seeds = f" over {_plural(best['seeds'], 'seed')}" if best["seeds"] > 1 else ", one seed"
     at = f"For {task} at {best['budget']}" if task else f"At {best['budget']}"
     first = f"{at}, {best['label']} comes first: {score}{dense}{seeds}"

@@ -26,8 +26,8 @@ from secateurs.report.headline import (
     headline,
     realisation,
 )
+from secateurs.report.leaderboard import dense_quality, promise_kept, row_of
 from secateurs.report.leaderboard import leaderboard as make_leaderboard
-from secateurs.report.leaderboard import promise_kept, row_of
 
 TEMPLATE = "report.html.jinja"
 KEYS = (
@@ -454,7 +454,7 @@ def _costs_table(outcome: Mapping[str, Any]) -> Table | None:
         both = old is not None and new is not None
         change = numbers.difference(new, old, name, 2) if both else numbers.MISSING
         shown = [numbers.quality(value, name, 2) for value in (old, new)]
-        rows.append((name[:1].upper() + name[1:], *shown, change))
+        rows.append((_capital(name), *shown, change))
     caption = ""
     if before is not None and after is not None:
         rows += [
@@ -533,7 +533,7 @@ def _tiles(outcome: Mapping[str, Any]) -> list[Tile]:
         if known.dense_quality is not None:
             change = numbers.difference(known.quality, known.dense_quality, known.metric)
             dense = f"dense {numbers.quality(known.dense_quality, known.metric)}, {change}"
-        name = known.metric[:1].upper() + known.metric[1:]
+        name = _capital(known.metric)
         tiles.append(Tile(name, numbers.quality(known.quality, known.metric), dense))
     if known.kept is not None:
         many = numbers.factor(1 / known.kept) + " fewer" if known.kept else "none left"
@@ -566,7 +566,7 @@ def _seeds_table(group: Sequence[Mapping[str, Any]]) -> Table:
                 ("✓" if line.kept else "✗ missed") if line else numbers.MISSING,
             )
         )
-    head = ("Seed", metric[:1].upper() + metric[1:], "Weights", "Reached", "Budget")
+    head = ("Seed", _capital(metric), "Weights", "Reached", "Budget")
     caption = f"Details below are those of seed {shown['seed']}, the median one."
     return Table(head, rows, "Seeds", caption)
 
@@ -604,7 +604,7 @@ def _boards(board: Sequence[Mapping[str, Any]]) -> list[Board]:
         made.append(
             Board(
                 title=budget if one_task or not task else f"{budget} — {task}",
-                metric=rows[0]["metric"],
+                metric=_capital(rows[0]["metric"]),
                 head=head,
                 places=_places(rows, timed, waited),
                 caption=_board_caption(rows),
@@ -614,7 +614,7 @@ def _boards(board: Sequence[Mapping[str, Any]]) -> list[Board]:
 
 
 def _places(rows: Sequence[Mapping[str, Any]], timed: bool, waited: bool) -> list[Place]:
-    span = _strip_span(rows)
+    span, dense = _strip_span(rows), dense_quality(rows)
     places = []
     for row in rows:
         half = None if row["high"] is None else row["high"] - row["mean"]
@@ -631,7 +631,7 @@ def _places(rows: Sequence[Mapping[str, Any]], timed: bool, waited: bool) -> lis
                 label=row["label"],
                 quality=numbers.quality_interval(row["mean"], half, row["metric"], 2),
                 badge="≈ best" if row["tied"] and row["rank"] > 1 else "",
-                strip=_strip(row, span) if span else None,
+                strip=_strip(row, span, dense) if span else None,
                 cells=cells,
                 kept=row["promise_kept"],
             )
@@ -646,6 +646,8 @@ def _board_caption(rows: Sequence[Mapping[str, Any]]) -> str:
     if max(seeds) > 1:
         words += ", ± the half width of its 95 % interval (Student's t)"
     words += "." if rows[0]["higher_is_better"] else "; lower is better."
+    if len(rows) > 1 and dense_quality(rows) is not None:
+        words += " Dashed: the dense model."
     if any(row["tied"] and row["rank"] > 1 for row in rows):
         words += " ≈ best: Welch's 95 % interval of the difference from the best contains 0."
     if min(seeds) == 1 and len(rows) > 1:
@@ -660,7 +662,8 @@ def _strip_span(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None
     finite = [row for row in rows if isfinite(row["mean"])]
     if len(finite) < 2:
         return None
-    dense = [row["dense_quality"] for row in finite if row["dense_quality"] is not None]
+    known = dense_quality(finite)
+    dense = [] if known is None else [known]
     whole = [v for r in finite for v in (r["mean"], r["low"], r["high"]) if v is not None] + dense
     best = [row["mean"] for row in finite[: max(2, ceil(0.6 * len(finite)))]] + dense
     low, high = min(whole), max(whole)
@@ -670,13 +673,13 @@ def _strip_span(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None
     return (low, high) if high > low else None
 
 
-def _strip(row: Mapping[str, Any], span: tuple[float, float]) -> Strip:
+def _strip(row: Mapping[str, Any], span: tuple[float, float], dense: float | None) -> Strip:
     low, high = span
 
     def place(value: float) -> float:
         return round(100 * min(max((value - low) / (high - low), 0.0), 1.0), 2)
 
-    mean, dense = row["mean"], row["dense_quality"]
+    mean = row["mean"]
     ends = [mean if row[key] is None else row[key] for key in ("low", "high")]
     off = "low" if not mean >= low else "high" if mean > high else ""
     return Strip(
@@ -758,7 +761,7 @@ def _notes(outcomes: Sequence[Mapping[str, Any]]) -> list[Note]:
     notes = [
         Note(
             who="" if alone else label,
-            text=_capital(text) + (f" ({times} times)" if times > 1 else ""),
+            text=text + (f" ({times} times)" if times > 1 else ""),
             missed="MISSED" in text,
         )
         for (label, text), times in counted.items()

@@ -94,6 +94,11 @@ def t_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:
     return float(stdtrit(freedom, 0.5 + confidence / 2))
 
 
+def dense_quality(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """The mean quality of the dense model over the rows of a task that know it."""
+    return _mean(row["dense_quality"] for row in rows)
+
+
 def row_of(outcome: Mapping[str, Any], seconds: float | None = None) -> dict[str, Any] | None:
     """The benchmark's row of an outcome (`Outcome.as_dict`); None where nothing was measured."""
     before, after, metric = outcome["before"], outcome["after"], outcome["primary"]

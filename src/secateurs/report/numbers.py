@@ -53,12 +53,9 @@ def _scaled(value: float) -> tuple[str, str]:
 
 def _three_digits(value: float) -> str:
     """Three significant digits without an exponent, trailing zeros kept."""
-    if value == 0:
-        return "0"
-    leading = math.floor(math.log10(abs(value)))
-    if round(abs(value) / 10**leading, 2) >= 10:
-        leading += 1
-    return f"{value:.{max(2 - leading, 0)}f}"
+    rounded = f"{value:.2e}"
+    power = int(rounded.partition("e")[2])
+    return f"{float(rounded):.{max(2 - power, 0)}f}" if value else "0"
 
 
 def _signed(text: str) -> str:
@@ -101,9 +98,7 @@ def latency(value: Mapping[str, Any] | None) -> str:
     half = (value["high"] - value["low"]) / 2
     if half <= 0:
         return milliseconds(value["median"])
-    decimals = max(-math.floor(math.log10(half)), 0)
-    if round(half, decimals) >= 10 ** (1 - decimals):
-        decimals = max(decimals - 1, 0)
+    decimals = max(-int(f"{half:.0e}".partition("e")[2]), 0)
     return f"{value['median']:.{decimals}f} ms ± {half:.{decimals}f}"
 
 

@@ -38,9 +38,10 @@ _DEFAULTS: tuple[tuple[str, str, Settings], ...] = (
                       schedule="linear", clip_norm=1.0),
     )),
     ("digits*", "*", (TrainSettings(epochs=10, lr=0.05), TrainSettings(epochs=5, lr=0.02))),
-    ("fashion-mnist*", "*", (
+    ("fashion-mnist*limit=*", "*", (
         TrainSettings(epochs=10, lr=0.05), TrainSettings(epochs=4, lr=0.02),
     )),
+    ("fashion-mnist*", "*", (TrainSettings(epochs=5, lr=0.05), TrainSettings(epochs=2, lr=0.02))),
     ("*", "*", (TrainSettings(epochs=30, lr=0.05), TrainSettings(epochs=5, lr=0.01))),
 )  # fmt: skip
 """(data, model, (training, recovery)): the first row whose wildcards match is taken."""

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from secateurs.errors import InputError, described, require, unknown
 from secateurs.zoo.datasets import Data, check_labels, stratified_split, tensor_data
 from secateurs.zoo.images import Images, image_transform
-from secateurs.zoo.specs import Options, Spec
+from secateurs.zoo.specs import Options, Spec, check_hub_name
 from secateurs.zoo.text import byte_tokens, token_data
 
 TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
@@ -79,6 +79,7 @@ def _read(name: str, config: str) -> dict[str, Any]:
     """The splits of a data set; one without splits has the name ``all``."""
     import datasets
 
+    check_hub_name("data hf", name)
     folder = Path(name)
     saved = folder / "state.json", folder / "dataset_dict.json"
     try:
@@ -86,7 +87,7 @@ def _read(name: str, config: str) -> dict[str, Any]:
             found = datasets.load_from_disk(str(folder))
         else:
             found = datasets.load_dataset(str(folder) if folder.exists() else name, config or None)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE")
         reason = str(error).strip().partition("\n")[0]
         hint = "; the hub is not asked, HF_HUB_OFFLINE is set" if offline else ""
@@ -173,13 +174,24 @@ class Rows(Dataset[Any]):
     def __init__(
         self, rows: Any, column: str, labels: Tensor, decode: Callable[[Any], Any]
     ) -> None:
-        self.rows, self.column, self.labels, self.decode = rows, column, labels, decode
+        self.rows, self.column = rows.select_columns([column]), column
+        self.labels, self.decode = labels, decode
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.decode(self.rows[index][self.column]), int(self.labels[index])
+        try:
+            return self.decode(self.rows[index][self.column]), int(self.labels[index])
+        except OSError as error:
+            raise InputError(
+                f"data, row {index}", described(f"damaged ({error})"), f"a whole {self.column}"
+            ) from None
+
+
+def as_stored(value: Any) -> Any:
+    """A value as the table has it."""
+    return value
 
 
 class Mode:
@@ -201,7 +213,7 @@ def _images(
     classes: int,
     size: int | None,
 ) -> Data:
-    first = train[0][column]
+    first, _ = Rows(train, column, labels[0], as_stored)[0]
     channels = 1 if first.mode in ("1", "L", "I", "I;16", "F") else 3
     side = (size, size) if size is not None else (first.height, first.width)
     shape, decode = (channels, *side), Mode("L" if channels == 1 else "RGB")

@@ -13,6 +13,7 @@ from torch import nn
 
 from secateurs.errors import InputError, described, require
 from secateurs.zoo.datasets import Data
+from secateurs.zoo.specs import check_hub_name
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def hub_model(name: str, data: Data | None, classes: int | None, dtype: torch.dt
     """
     import transformers
 
+    check_hub_name("model hf", name)
     folder = Path(name)
     if folder.is_dir():
         require((folder / "config.json").is_file(), "model", name, "a folder with config.json")

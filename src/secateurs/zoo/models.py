@@ -200,8 +200,11 @@ def _torchvision(spec: Spec, options: Options, data: Data | None) -> ModelSource
 def _timm(spec: Spec, options: Options, data: Data | None) -> ModelSource:
     import timm
 
-    if not timm.is_model(spec.name.partition(".")[0]):
+    name, _, tag = spec.name.partition(".")
+    if not timm.is_model(name):
         raise _unlisted("timm", spec.name, timm.list_models())
+    if tag and spec.name not in (tagged := timm.list_pretrained(f"{name}.*")):
+        raise _unlisted("timm", spec.name, tagged)
     classes = _classes(options, data, 1000)
     options.done()
     default = timm.get_pretrained_cfg_value(spec.name, "input_size") or (3, 224, 224)

@@ -39,6 +39,7 @@ class Network:
         inputs, classes: what it is built for when nobody says: its paper's data.
         kind: ``classification`` of images (C, H, W), or ``language``, over tokens (T,).
         ranks: numbers of dimensions that a sample may have.
+        init: how its weights are drawn, one of `INITIALISATIONS`.
         fixed: options that this name presets.
     """
 
@@ -48,6 +49,7 @@ class Network:
     classes: int
     kind: str
     ranks: tuple[int, ...]
+    init: str
     fixed: dict[str, Any]
 
     @property
@@ -70,12 +72,15 @@ def network(
     classes: int = 10,
     kind: str = "classification",
     ranks: tuple[int, ...] | None = None,
+    init: str = "kaiming-normal",
     **fixed: Any,
 ) -> Callable[[F], F]:
     """Decorator that enters a network under `name`; see `Network` for the arguments."""
 
     def enter(make: F) -> F:
-        _NETWORKS[name] = Network(name, make, inputs, classes, kind, ranks or (len(inputs),), fixed)
+        _NETWORKS[name] = Network(
+            name, make, inputs, classes, kind, ranks or (len(inputs),), init, fixed
+        )
         return make
 
     return enter
@@ -111,7 +116,7 @@ def make_network(
     inputs: Shape | None = None,
     classes: int | None = None,
     width: float = 1.0,
-    init: str = "kaiming-normal",
+    init: str | None = None,
     **options: Any,
 ) -> nn.Module:
     """A network with fresh weights.
@@ -121,7 +126,7 @@ def make_network(
         inputs: shape of a sample, (C, H, W) for images, (T,) for tokens.
         classes: outputs, or the vocabulary.
         width: multiplies every hidden width (rounded, at least 1).
-        init: one of `INITIALISATIONS`.
+        init: one of `INITIALISATIONS`; the network's own when None.
         options: of the network; texts, as they come from a spec, are turned into what it takes.
 
     Raises:
@@ -135,6 +140,7 @@ def make_network(
     require(fits, "inputs", inputs, f"{shape} of positive integers for {name}")
     require(classes >= 1, "classes", classes, "at least 1")
     require(width > 0, "width", width, "a multiplier above 0")
+    init = found.init if init is None else init
     if init not in INITIALISATIONS:
         raise unknown("init", init, INITIALISATIONS)
     model = found.make(inputs, classes, width, **{**found.fixed, **_checked(found, options)})

@@ -168,3 +168,10 @@ def _working_folder_first() -> Iterator[None]:
     finally:
         with suppress(ValueError):
             sys.path.remove(folder)
+
+
+def check_hub_name(argument: str, name: str) -> None:
+    """Raise `InputError` for what can only be a path but does not exist; a hub would be asked
+    for it in vain, and for long."""
+    path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    require(not path or Path(name).exists(), argument, name, "an existing folder, or OWNER/NAME")

@@ -119,6 +119,9 @@ class LotteryTicket(Procedure):
         require(0 < self.output_rate <= 1, "output_rate", self.output_rate, "a share in (0, 1]")
         for pattern, rate in self.rates.items():
             require(0 <= rate < 1, f"rates {pattern}", rate, "a share in [0, 1)")
+        require(
+            not self.rates or self.scope == "layer", "rates", self.rates, "none with scope global"
+        )
         require(self.evaluate_every >= 0, "evaluate_every", self.evaluate_every, "0 or more")
         require(
             self.stability_samples >= 0, "stability_samples", self.stability_samples, "0 or more"
@@ -182,8 +185,13 @@ class LotteryTicket(Procedure):
         return rewind_steps(self.rewind, total, steps_per_epoch(task.training_loader()))
 
     def plan(self, size: Mapping[str, int], keep: int) -> list[dict[str, int]]:
-        """How many weights each tensor loses in each round, down to `keep` in all."""
+        """How many weights each tensor loses in each round, down to `keep` in all.
+
+        With one ranking over all tensors, the counts stand under the name ''.
+        """
         total = sum(size.values())
+        if self.scope == "global":
+            size = {"": total}
         rate = self.rate if not self.rounds else rate_for(max(keep, 1) / total, self.rounds)
         own = self._layer_rates(size, rate)
         left, plan = dict(size), list[dict[str, int]]()
@@ -203,7 +211,7 @@ class LotteryTicket(Procedure):
 
     def _layer_rates(self, size: Mapping[str, int], rate: float) -> dict[str, float]:
         own = dict.fromkeys(size, rate)
-        if self.scope == "layer" and len(size) > 1:
+        if len(size) > 1:
             own[list(size)[-1]] = rate * self.output_rate
         for pattern, value in self.rates.items():
             matching = [name for name in size if matches_any(name, [pattern])]
@@ -216,7 +224,7 @@ class LotteryTicket(Procedure):
         self, weights: Mapping[str, Tensor], masks: Masks, counts: Mapping[str, int]
     ) -> dict[str, Tensor]:
         if self.scope == "global":
-            return remove_smallest_overall(weights, masks, sum(counts.values()))
+            return remove_smallest_overall(weights, masks, counts[""])
         return remove_smallest(weights, masks, counts)
 
     def _controls(

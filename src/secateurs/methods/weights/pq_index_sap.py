@@ -105,8 +105,9 @@ class SparsityInformedPruning(Procedure):
             monitor.record(weights, trained.masks)
             if trained.masks.kept <= keep:
                 return True
-            share = sum(self._counts(weights, trained.masks).values()) / trained.masks.kept
-            return share < self.stop_below
+            return self.shortfall == "keep" and self._stops(
+                sum(self._counts(weights, trained.masks).values()), trained.masks
+            )
 
         settings = replace(task.training, clip_norm=self.clip_norm)
         tickets = iterative_rounds(
@@ -145,11 +146,11 @@ class SparsityInformedPruning(Procedure):
         allowed = masks.kept - keep
         counts = self._counts(weights, masks)
         own = sum(counts.values())
-        last = number == self.rounds - 1
+        last = number == self.rounds - 1 or self._stops(own, masks)
         if last and own < allowed and self.shortfall == "magnitude":
             notes.append(
                 f"{self.policy} alone came to density {(masks.kept - own) / masks.total:.4g} in "
-                f"{self.rounds} rounds; the rest was cut by global magnitude in the last round"
+                f"{number + 1} rounds; the rest was cut by global magnitude in the last round"
             )
             return remove_smallest_overall(ranked, masks, allowed)
         new = self._cut(ranked, masks, counts)
@@ -159,6 +160,9 @@ class SparsityInformedPruning(Procedure):
         going = {n: masks[n] & ~new[n] for n in masks}
         leaving = remove_smallest_overall(ranked, going, allowed)
         return {n: masks[n] & ~(going[n] & ~leaving[n]) for n in masks}
+
+    def _stops(self, removed: int, masks: Masks) -> bool:
+        return removed < self.stop_below * masks.kept
 
     def _counts(self, weights: Mapping[str, Tensor], masks: Masks) -> dict[str, int]:
         """Weights to remove of each group; a neuron's key is ``tensor:row``."""

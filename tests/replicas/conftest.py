@@ -1,0 +1,78 @@
+"""Small Fashion-MNIST, and a table of what was measured; run with -s to see it."""
+
+import statistics
+
+import pytest
+import torch
+
+import secateurs as sc
+from secateurs.errors import InputError
+from secateurs.zoo.catalog import make_task
+from secateurs.zoo.datasets import load_data
+
+FASHION = "fashion-mnist?limit=6000&size=14"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """On networks this small more threads only wait for each other."""
+    torch.set_num_threads(1)
+
+
+def perceptrons(data):
+    """Tasks of an MLP on `data`: (hidden sizes, training) -> task."""
+
+    def task(*hidden, finetuning=None, **training):
+        spec = "zoo:mlp?hidden=" + ",".join(map(str, hidden))
+        settings = sc.TrainSettings(lr=0.05, **training)
+        return make_task(spec, data, training=settings, finetuning=finetuning)
+
+    return task
+
+
+def missing(data):
+    """Why a data set cannot be loaded; empty where it can."""
+    try:
+        load_data(data)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="session")
+def fashion():
+    """Tasks on the first 6000 images at 14x14. On the digits the claims do not show."""
+    if why := missing(FASHION):
+        pytest.skip(f"needs Fashion-MNIST (apt install dataset-fashion-mnist): {why}")
+    return perceptrons(FASHION)
+
+
+@pytest.fixture(scope="session")
+def fashion_or_digits():
+    """The same, or tasks on scikit-learn's digits where Fashion-MNIST is not installed."""
+    return perceptrons("digits" if missing(FASHION) else FASHION)
+
+
+class Table(dict):
+    """Accuracies of several seeds by arm."""
+
+    def add(self, arm, task, model):
+        self.setdefault(arm, []).append(task.measure(model)["accuracy"])
+
+    def mean(self, arm):
+        return statistics.mean(self[arm])
+
+    def __str__(self):
+        rows = (
+            f"{arm!s:40} {self.mean(arm):.4f}  " + " ".join(f"{a:.4f}" for a in self[arm])
+            for arm in self
+        )
+        return "\n" + "\n".join(rows)
+
+
+@pytest.fixture
+def table():
+    """Where a replica writes down what it measures; printed at its end."""
+    rows = Table()
+    yield rows
+    print(rows)
