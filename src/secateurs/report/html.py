@@ -453,8 +453,8 @@ def _costs_table(outcome: Mapping[str, Any]) -> Table | None:
         old, new = outcome["metrics_before"].get(name), outcome["metrics_after"].get(name)
         both = old is not None and new is not None
         change = numbers.difference(new, old, name, 2) if both else numbers.MISSING
-        shown = [numbers.quality(value, name, 2) for value in (old, new)]
-        rows.append((_capital(name), *shown, change))
+        dense, pruned = (numbers.quality(value, name, 2) for value in (old, new))
+        rows.append((_capital(name), dense, pruned, change))
     caption = ""
     if before is not None and after is not None:
         rows += [
