@@ -51,7 +51,7 @@ values = st.lists(st.integers(0, 1000).map(lambda n: n / 1000), min_size=2, max_
 @given(values, values)
 def test_tied_is_welchs_test_at_five_percent(first, second):
     board = leaderboard(rows({"a": first, "b": second}))
-    if np.std(first) + np.std(second) == 0:
+    if np.ptp(first) + np.ptp(second) == 0:
         assert board[1]["tied"] == (first[0] == second[0])
         return
     p = stats.ttest_ind(first, second, equal_var=False).pvalue
@@ -113,6 +113,11 @@ def test_refusals():
         leaderboard([{k: v for k, v in rows({"a": [1.0]})[0].items() if k != "seed"}])
     with pytest.raises(InputError, match="one metric a task"):
         leaderboard(rows({"a": [1.0]}) + rows({"b": [1.0]}, metric="f1"))
+
+
+def test_equal_seeds_of_different_number_are_equal():
+    board = leaderboard(rows({"a": [0.003] * 2, "b": [0.003] * 3}))
+    assert [(e["rank"], e["tied"]) for e in board] == [(1, True), (1, True)]
 
 
 def test_tied_by_hand():

@@ -521,7 +521,7 @@ def _latency_row(
         if known.same_speed:
             change = f"as fast ({numbers.factor(known.speed)})"
     shown = [numbers.latency(value) if value else "not timed" for value in (before, after)]
-    return ("Latency, measured", *shown, change)  # type: ignore[return-value]
+    return "Latency, measured", shown[0], shown[1], change
 
 
 def _tiles(outcome: Mapping[str, Any]) -> list[Tile]:
@@ -816,7 +816,7 @@ def _plotly_source() -> str:
 
 def bound(text: str) -> str:
     """Text whose numbers do not part from their units at the end of a line."""
-    text = re.sub(r"(?<=\d) (?=(%|ms|s|min|h|[kMGTP]?B|times|points)\b|%)", "\u00a0", text)
+    text = re.sub(r"(?<=\d) (?=(%|ms|s|min|h|[kMGTP]?B|times|points|seeds?)\b|%)", "\u00a0", text)
     return text.replace("± ", "±\u00a0")
 
 

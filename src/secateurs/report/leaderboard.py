@@ -151,7 +151,7 @@ def _grouped(
 def _entry(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = runs[0]
     values = [float(run["quality"]) for run in runs]
-    mean = statistics.fmean(values)
+    mean = statistics.mean(values)  # exact: equal values have no rounding error between them
     several = len(values) > 1
     std = statistics.stdev(values) if several and math.isfinite(mean) else 0.0
     half = t_quantile(len(values) - 1) * std / math.sqrt(len(values)) if several else None
