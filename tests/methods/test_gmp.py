@@ -221,6 +221,18 @@ def test_a_run_resumed_in_mid_ramp_gives_the_same_masks(train_attached, revive, 
     assert all(torch.equal(whole.params[n], resumed.params[n]) for n in whole.params)
 
 
+def test_a_resumed_run_gives_frozen_weights_back(train_attached):
+    """Strong decay lets survivors shrink below weights that were cut before the interruption."""
+    method, seen = GradualMagnitudePruning(frequency=3), []
+    fields = {"weight_decay": 0.3, "after": lambda at: seen.append(at.masks.clone())}
+    whole = train_attached(method, **fields)
+    cut, last = (~seen[22]["0.weight"], seen[-1]["0.weight"])
+    assert (cut & last).any()
+    resumed = train_attached(method, interrupt=22, **fields)
+    assert all(torch.equal(whole.masks[n], resumed.masks[n]) for n in whole.masks)
+    assert all(torch.equal(whole.params[n], resumed.params[n]) for n in whole.params)
+
+
 def test_a_state_in_memory_is_not_changed_by_further_training(digits_task, run_steps):
     model = digits_task.fresh_model(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -61,10 +61,11 @@ def test_every_position_is_as_likely_as_any_other():
     assert (times - 500).abs().max() < 97
 
 
-def test_layers_have_streams_of_their_own():
-    masks = random_masks({"a": (20, 20), "b": (20, 20)}, {"a": 200, "b": 200}, 0)
+@pytest.mark.parametrize(("draw", "much"), [(random_masks, 200), (bernoulli_masks, 0.5)])
+def test_layers_have_streams_of_their_own(draw, much):
+    masks = draw({"a": (20, 20), "b": (20, 20)}, {"a": much, "b": much}, 0)
     assert not torch.equal(masks["a"], masks["b"])
-    assert torch.equal(masks["b"], random_masks({"b": (20, 20)}, {"b": 200}, 0)["b"])
+    assert torch.equal(masks["b"], draw({"b": (20, 20)}, {"b": much}, 0)["b"])
 
 
 def test_seeds_give_other_masks():

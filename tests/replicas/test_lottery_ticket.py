@@ -1,11 +1,12 @@
 """Lottery tickets on Fashion-MNIST: the mask and the initial weights belong together.
 
 Paper: arXiv 1803.03635. The first 6000 images pooled to 14x14, LeNet-300-100, 20 % a round and
-10 % of the last layer, 600 updates of Adam a round, 3 seeds. Measured in 2 minutes on one core:
+10 % of the last layer, 600 updates of Adam a round, means of 3 seeds; 90 s on one core. Measured,
+the dense network being at 0.837 ± 0.005:
 
-    weights left   ticket   reinit   random mask      (dense 0.0000 ± 0.0000)
-    21.4 %
-     3.7 %
+    weights left   ticket          reinit          random mask
+    21.4 %         0.847 ± 0.002   0.824 ± 0.006   0.821 ± 0.008
+     3.7 %         0.827 ± 0.003   0.799 ± 0.004   0.776 ± 0.009
 """
 
 import statistics
@@ -26,13 +27,6 @@ RECIPE = sc.TrainSettings(
 ROUNDS, SEEDS = (7, 15), 3
 
 
-def load():
-    try:
-        return make_task(MODEL, DATA, batch_size=60, training=RECIPE)
-    except sc.InputError as error:
-        pytest.skip(f"needs the Debian package dataset-fashion-mnist: {error}")
-
-
 def densities(model):
     """Weights left after so many whole rounds, as the paper counts them."""
     size = sizes(prunable_parameters(model))
@@ -42,9 +36,9 @@ def densities(model):
 
 
 @pytest.fixture(scope="module")
-def table():
+def accuracy(fashion):
     """Accuracy by (round, arm): means over the seeds."""
-    task, found = load(), {}
+    task, found = make_task(MODEL, DATA, batch_size=60, training=RECIPE), {}
     for seed in range(SEEDS):
         model = task.fresh_model(seed)
         for rounds, density in zip(ROUNDS, densities(model), strict=True):
@@ -60,20 +54,18 @@ def table():
             rows = {row["control"]: row["accuracy"] for row in outcome.tables["controls"]}
             for arm, value in {**rows, "dense": outcome.metrics_before["accuracy"]}.items():
                 found.setdefault((rounds, arm), []).append(value)
-    for place, values in found.items():
-        print(*place, f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}")
     return {place: statistics.fmean(values) for place, values in found.items()}
 
 
-def test_the_ticket_beats_the_dense_network(table):
-    assert table[7, "ticket"] >= table[7, "dense"] + 0.008
+def test_the_ticket_beats_the_dense_network(accuracy):
+    assert accuracy[7, "ticket"] >= accuracy[7, "dense"] + 0.008
 
 
-def test_the_ticket_needs_its_initial_weights(table):
-    assert table[7, "ticket"] >= table[7, "reinit"] + 0.015
-    assert table[15, "ticket"] >= table[15, "reinit"] + 0.025
+def test_the_ticket_needs_its_initial_weights(accuracy):
+    assert accuracy[7, "ticket"] >= accuracy[7, "reinit"] + 0.015
+    assert accuracy[15, "ticket"] >= accuracy[15, "reinit"] + 0.025
 
 
-def test_a_found_mask_is_better_than_a_random_one(table):
+def test_a_found_mask_is_better_than_a_random_one(accuracy):
     for rounds in ROUNDS:
-        assert table[rounds, "reinit"] >= table[rounds, "random-mask"]
+        assert accuracy[rounds, "reinit"] >= accuracy[rounds, "random-mask"]
