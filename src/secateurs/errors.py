@@ -26,6 +26,13 @@ class InputError(SecateursError, ValueError):
         super().__init__(f"{argument}: got {shown}; accepted: {accepted}")
 
 
+class ConversionError(SecateursError, RuntimeError):
+    """A model could not be carried to or from another format, or computes something else there.
+
+    The message names the place: the operation, the output, the difference.
+    """
+
+
 class DivergedError(SecateursError, ArithmeticError):
     """Training produced a loss that is not finite; the message names the stage and the step."""
 

@@ -8,10 +8,11 @@ only a sparse kernel or a real removal keeps, which is why the latency is measur
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -113,10 +114,10 @@ def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     # imported here because it brings Triton along, a tenth of a second
     from torch.utils.flop_counter import FlopCounterMode
 
-    with _evaluating(model), _attention_in_the_open(), torch.no_grad():
+    with evaluating(model), _attention_in_the_open(), torch.no_grad():
         counter = FlopCounterMode(display=False)
         with counter:
-            _forward(model, example_inputs)
+            forward(model, example_inputs)
     flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     root = type(model).__name__
     named = {"": flops.get("Global", 0)}
@@ -161,27 +162,91 @@ def _bytes_saved(model: nn.Module, masks: Mapping[str, Tensor]) -> int:
 
 
 def measure_latency(
-    model: nn.Module, example_inputs: Any, *, warmup: int = 5, repeats: int = 30
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    warmup: int = 5,
+    repeats: int = 30,
+    threads: int | None = None,
 ) -> Latency:
-    """Time forward passes in eval mode: median and spread, after a warm-up."""
-    require(repeats >= 1, "repeats", repeats, "at least 1")
-    times = []
-    device = next(model.parameters()).device
-    with _evaluating(model), torch.inference_mode():
-        for repeat in range(warmup + repeats):
-            begin = time.perf_counter()
-            _forward(model, example_inputs)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if repeat >= warmup:
-                times.append((time.perf_counter() - begin) * 1e3)
-    times.sort()
+    """Time forward passes in eval mode: median and spread, after a warm-up.
+
+    Args:
+        threads: of the CPU while it is measured; as many as torch has where None.
+    """
+    with timing_conditions(model, threads=threads):
+        [times] = time_calls([forward_call(model, example_inputs)], warmup=warmup, repeats=repeats)
+    return latency_of(times)
+
+
+def latency_of(milliseconds: Sequence[float]) -> Latency:
+    """Median, 10th and 90th percentile of measured times."""
+    times = sorted(milliseconds)
     tenth = len(times) // 10
-    return Latency(statistics.median(times), times[tenth], times[-1 - tenth], repeats)
+    return Latency(statistics.median(times), times[tenth], times[-1 - tenth], len(times))
+
+
+def time_calls(
+    calls: Sequence[Callable[[], Any]], *, warmup: int = 5, repeats: int = 30
+) -> list[list[float]]:
+    """Milliseconds of each of several calls, measured in turn so that drift hits all alike.
+
+    The order is reversed in every other round.
+
+    Args:
+        calls: functions that return when their work is done.
+        warmup: rounds that are not counted.
+        repeats: rounds that are.
+
+    Returns:
+        For each call its times; those at the same place were measured next to each other.
+    """
+    require(repeats >= 1, "repeats", repeats, "at least 1")
+    require(warmup >= 0, "warmup", warmup, "0 or more")
+    times: list[list[float]] = [[] for _ in calls]
+    order = list(enumerate(calls))
+    for repeat in range(warmup + repeats):
+        for place, call in order if repeat % 2 else reversed(order):
+            begin = time.perf_counter()
+            call()
+            if repeat >= warmup:
+                times[place].append((time.perf_counter() - begin) * 1e3)
+    return times
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def timing_conditions(*models: nn.Module, threads: int | None = None) -> Iterator[None]:
+    """Eval mode without gradients, on a given number of CPU threads; all is put back."""
+    require(threads is None or threads >= 1, "threads", threads, "at least 1")
+    before = torch.get_num_threads()
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model))
+        stack.enter_context(torch.inference_mode())
+        try:
+            if threads is not None:
+                torch.set_num_threads(threads)
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def forward_call(model: nn.Module, example_inputs: Any) -> Callable[[], Any]:
+    """A forward pass as a function that returns when the device has done it."""
+    device = device_of(model)
+
+    def call() -> Any:
+        output = forward(model, example_inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return output
+
+    return call
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; every module's own mode is put back."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -203,13 +268,23 @@ def _attention_in_the_open() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _forward(model: nn.Module, inputs: Any) -> Any:
-    device = next(model.parameters()).device
+def forward(model: nn.Module, inputs: Any) -> Any:
+    """The output for a tensor, a sequence of arguments or a dictionary of keyword arguments.
+
+    Tensors are brought to the model's device.
+    """
+    device = device_of(model)
     if isinstance(inputs, Tensor):
         return model(inputs.to(device))
     if isinstance(inputs, Mapping):
         return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
     return model(*[v.to(device) if isinstance(v, Tensor) else v for v in inputs])
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter or buffer is; the CPU for a model without any."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((t.device for t in tensors), torch.device("cpu"))
 
 
 def _batch(inputs: Any) -> int:

@@ -185,9 +185,12 @@ as in the lottery-ticket paper (arXiv 1803.03635)."""
 
 
 def initialise(model: nn.Module, init: str = "kaiming-normal") -> None:
-    """Draw the weights of convolutions and linear layers again; biases become 0."""
+    """Draw the weights of convolutions and linear layers again; biases become 0.
+
+    Weights on the meta device are left: torch would import its compiler to draw nothing.
+    """
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.is_meta:
             INITIALISATIONS[init](module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
