@@ -1,0 +1,160 @@
+"""The traced graph with other sizes: its tensors shortened, its size literals evaluated anew.
+
+The rewritten graph is what a shortened model computes, whatever the model's own Python code
+says; the resized module is checked against it, and where that code hard-codes sizes the graph
+is handed back instead.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from secateurs.structure.dimensions import Axis, shortened_size, size_of
+from secateurs.structure.rules import Literal, op_name
+from secateurs.structure.trace import Trace, named_tensors
+
+Counts = Callable[[Axis], int]
+"""Axis -> how many of its units stay."""
+
+
+class RewrittenGraph(fx.GraphModule):
+    """A traced model whose sizes were changed: an ordinary module that can be trained.
+
+    The operations that behave differently in training (dropout, batch norm) follow `train()`
+    and `eval()`, as in the module that was traced.
+    """
+
+    def train(self, mode: bool = True) -> RewrittenGraph:
+        super().train(mode)
+        changed = False
+        for node in self.graph.nodes:
+            place = {"dropout": 2, "batch_norm": 5, "feature_dropout": 2}.get(op_name(node))
+            if node.op != "call_function" or place is None or node.meta.get("always"):
+                continue
+            if place < len(node.args) and node.args[place] is not mode:
+                args = list(node.args)
+                args[place] = mode
+                node.args = tuple(args)
+                changed = True
+        if changed:
+            self.recompile()
+        return self
+
+
+def literal_values(found: Trace, counts: Counts) -> list[tuple[Literal, int, int]]:
+    """(literal, old value, new value) of all size literals that change."""
+    changes = []
+    for literal in found.notes.literals:
+        old, new = size_of(literal.dim), shortened_size(literal.dim, counts)
+        if old != new:
+            sign = -1 if literal.minus else 1
+            changes.append((literal, sign * old, sign * new))
+    return changes
+
+
+def rewritten(
+    found: Trace,
+    counts: Counts,
+    tensors: Mapping[str, Tensor],
+    scales: Mapping[fx.Node, float] | None = None,
+) -> RewrittenGraph:
+    """The graph of `found` with new literals and other tensors.
+
+    Args:
+        tensors: parameters and buffers by canonical name.
+        scales: attention calls whose scale is to be stated, because it would follow the width.
+    """
+    copies: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    result = graph.graph_copy(found.graph.graph, copies)
+    graph.output(result)
+    graph._codegen = copy.deepcopy(found.graph.graph._codegen)
+    for literal, _, new in literal_values(found, counts):
+        _set_argument(copies.get(literal.node, literal.node), literal.argument, literal.place, new)
+    for node, scale in (scales or {}).items():
+        own = copies.get(node, node)
+        own.kwargs = {**own.kwargs, "scale": scale}
+    for old, own in copies.items():
+        own.meta = dict(old.meta)
+        if op_name(old) == "batch_norm":  # training while traced in eval mode: a computation
+            own.meta["always"] = len(old.args) > 5 and old.args[5] is True
+    root = nn.Module()
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            _carry(found, str(node.target), root, tensors)
+    return RewrittenGraph(root, graph)
+
+
+def _set_argument(node: fx.Node, argument: str, place: int | None, value: int) -> None:
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    at = names.index(argument)
+    old: Any = node.args[at] if at < len(node.args) else node.kwargs[argument]
+    new: Any = value
+    if place is not None:
+        new = list(old)
+        new[place] = value
+    if at < len(node.args):
+        node.args = (*node.args[:at], new, *node.args[at + 1 :])
+    else:
+        node.kwargs = {**node.kwargs, argument: new}
+
+
+def _carry(found: Trace, target: str, root: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put the attribute that a node reads into `root`."""
+    *path, last = target.split(".")
+    owner = root
+    for part in path:
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    canonical = found.same.get(target)
+    value: Any = tensors[canonical] if canonical is not None else _attribute(found.graph, target)
+    if isinstance(value, nn.Parameter):
+        owner.register_parameter(last, value)
+    elif isinstance(value, Tensor):
+        owner.register_buffer(last, value, persistent=canonical is not None)
+    else:
+        setattr(owner, last, value)
+
+
+def _attribute(graph: fx.GraphModule, target: str) -> Any:
+    value: Any = graph
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def current_tensors(found: Trace) -> dict[str, Tensor]:
+    """The model's parameters and buffers as they are now, by canonical name."""
+    tensors = named_tensors(found.model)
+    return {name: tensors[name] for name in found.tensors}
+
+
+def same_outputs(left: Any, right: Any, tolerance: float) -> bool:
+    """Whether two nested outputs agree to a relative tolerance (of the largest value)."""
+    a, b = (torch.utils._pytree.tree_leaves(x) for x in (left, right))
+    if len(a) != len(b):
+        return False
+    return all(difference(x, y) <= tolerance for x, y in zip(a, b, strict=True))
+
+
+def difference(x: Any, y: Any) -> float:
+    """Largest difference of two leaves of an output, relative to the largest value of `y`."""
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return 0.0
+    if x.shape != y.shape:
+        return float("inf")
+    if x.numel() == 0:
+        return 0.0
+    if not x.is_floating_point():
+        return float((x != y).double().mean())
+    x, y = x.detach().double(), y.detach().double()
+    if not torch.equal(x.isfinite(), y.isfinite()):
+        return float("inf")
+    gap = float((x - y).nan_to_num(0, 0, 0).abs().max())
+    return gap / max(float(y.nan_to_num(0, 0, 0).abs().max()), 1e-6)

@@ -1,0 +1,339 @@
+"""Shortening a model: every parameter, buffer, attribute and size literal follows its axes.
+
+The user's own module is resized in place. A size that its Python code states (12 heads in a
+view) belongs to the module that executed that operation: it is looked up among the module's
+integer attributes, set, and the module is run. What it must give is what the rewritten graph
+gives (`secateurs.structure.rewrite`). Where the code hard-codes sizes all the same, the graph is
+handed back instead.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateurs.errors import InputError, described, require
+from secateurs.structure.dimensions import Axis, Kept, kept_indices, shortened_size
+from secateurs.structure.oracle import expected_outputs
+from secateurs.structure.rewrite import (
+    RewrittenGraph,
+    current_tensors,
+    difference,
+    literal_values,
+    rewritten,
+    same_outputs,
+)
+from secateurs.structure.scale import query_sources
+from secateurs.structure.trace import Trace, named_tensors, traceable
+
+TRIES = 32
+"""Settings of ambiguous attributes that are tried before the graph is handed back."""
+AGREE = 1e-4
+"""Relative difference up to which the resized module computes what the graph computes."""
+
+Edits = dict[str, dict[str, Any]]
+"""Module path -> attribute -> value."""
+
+
+@dataclass
+class Shortened:
+    """A shortened model.
+
+    Attributes:
+        model: the resized module, or the rewritten graph.
+        form: ``module`` or ``graph``.
+        tensors: kept indices by tensor and dimension: what persistence needs.
+        edits: attributes that were set.
+        gap: largest relative difference from what the oracle expects; None if not checked.
+        notes: what the user should know.
+    """
+
+    model: nn.Module
+    form: str
+    tensors: dict[str, dict[int, list[int]]]
+    edits: Edits = field(default_factory=dict)
+    gap: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def shorten(found: Trace, kept: Mapping[Axis, Any], *, check: bool = True) -> Shortened:
+    """Shorten the traced model to the kept units of some axes.
+
+    Args:
+        found: a trace of the model; afterwards it is of no more use.
+        kept: indices of the units that stay, by plain axis; axes that are not listed stay whole.
+        check: compare the outputs for the example inputs with `oracle.expected_outputs`.
+
+    Raises:
+        InputError: an axis that is frozen, empty, or given units it does not have.
+    """
+    units = _checked(kept)
+    expected = expected_outputs(found, units) if check else None
+    slices = _slices(found, units)
+    notes: list[str] = []
+    scales = _fold_scales(found, units, notes)
+    with torch.no_grad():
+        _slice_tensors(found, slices)
+    counts = _counter(units)
+    graph = rewritten(found, counts, current_tensors(found), scales)
+    graph.eval()
+    with traceable(found.model), torch.no_grad():
+        wanted = graph(*found.args, **found.kwargs)
+        edits = None if scales else _resize(found, units, wanted)
+    gap = None
+    if check:
+        leaves = torch.utils._pytree.tree_leaves
+        gap = max(map(difference, leaves(wanted), leaves(expected)), default=0.0)
+    if edits is None:
+        notes.append(
+            "the model's Python code states sizes that no attribute holds: it is handed back as "
+            "a graph, for the shapes of the example inputs"
+        )
+        graph.train(found.model.training)
+        return Shortened(graph, "graph", slices, {}, gap, notes)
+    return Shortened(found.model, "module", slices, edits, gap, notes)
+
+
+def _checked(kept: Mapping[Axis, Any]) -> dict[Axis, np.ndarray]:
+    units: dict[Axis, np.ndarray] = {}
+    for axis, given in kept.items():
+        indices = np.unique(np.asarray(given, dtype=np.int64))
+        require(axis.root is axis and axis.parts is None, "kept", axis, "plain axes")
+        if len(indices) == axis.size:
+            continue
+        if axis.frozen is not None:
+            raise InputError("kept", described(f"a frozen axis ({axis.frozen})"), "free axes")
+        fits = len(indices) > 0 and indices[0] >= 0 and indices[-1] < axis.size
+        require(fits, "kept", indices.tolist(), f"at least one index in 0..{axis.size - 1}")
+        units[axis] = indices
+    return units
+
+
+def _counter(units: Kept) -> Any:
+    def count(axis: Axis) -> int:
+        own = units.get(axis)
+        return axis.size if own is None else len(own)
+
+    return count
+
+
+def _slices(found: Trace, units: Kept) -> dict[str, dict[int, list[int]]]:
+    slices: dict[str, dict[int, list[int]]] = {}
+    for name, dims in found.tensors.items():
+        for place, dim in enumerate(dims):
+            indices = kept_indices(dim, units)
+            if len(indices) != math.prod(a.size for a in dim):
+                slices.setdefault(name, {})[place] = indices.tolist()
+    return slices
+
+
+def _slice_tensors(found: Trace, slices: Mapping[str, Mapping[int, list[int]]]) -> None:
+    tensors = named_tensors(found.model)
+    for name, places in slices.items():
+        slice_tensor(tensors[name], places)
+
+
+def slice_tensor(tensor: Tensor, places: Mapping[int, list[int]]) -> None:
+    """Cut a tensor in place to the kept indices of some of its dimensions."""
+    value = tensor.data
+    for place, indices in places.items():
+        value = value.index_select(place, torch.tensor(indices, device=value.device))
+    tensor.grad = None
+    tensor.data = value.clone(memory_format=torch.contiguous_format)
+
+
+def _fold_scales(found: Trace, units: Kept, notes: list[str]) -> dict[Any, float]:
+    """Fold changes of attention scales into query weights; what cannot be folded is returned."""
+    count, stated, done = _counter(units), {}, set()
+    tensors = named_tensors(found.model)
+    names = {n: canonical for n, canonical in found.same.items()}
+    for node, dim in found.notes.scales:
+        old, new = math.prod(a.size for a in dim), shortened_size(dim, count)
+        if old == new:
+            continue
+        sources = query_sources(node, names)
+        if sources is None:
+            stated[node] = 1 / math.sqrt(old)
+            continue
+        for source in sources:
+            key = (source.tensors, tuple(source.rows.tolist()))
+            if key in done:
+                continue
+            done.add(key)
+            for name in source.tensors:
+                with torch.no_grad():
+                    tensors[name][source.rows] *= math.sqrt(new / old)
+    if stated:
+        notes.append("attention scales are stated in the graph: they could not be folded")
+    return stated
+
+
+# --- the module's own attributes --------------------------------------------------------------
+
+
+def _resize(found: Trace, units: Kept, wanted: Any) -> Edits | None:
+    """Set the attributes of the modules until the model gives `wanted`; None if none does."""
+    certain, ambiguous = _candidates(found, units)
+    choices = list(ambiguous)
+    options = [[None, *sorted({c for _, c in ambiguous[k]})] for k in choices]
+    tried = itertools.islice(_combinations(options), TRIES)
+    for chosen in tried:
+        edits: Edits = defaultdict(dict)
+        for path, changes in certain.items():
+            edits[path].update(changes)
+        for key, only in zip(choices, chosen, strict=True):
+            for path, attribute in ambiguous[key]:
+                if only is None or attribute == only:
+                    edits[path][attribute] = key[-1]
+        old = apply_edits(found.model, edits)
+        try:
+            result = found.model(*found.args, **found.kwargs)
+        except Exception:
+            result = None
+        if result is not None and same_outputs(result, wanted, AGREE):
+            return dict(edits)
+        apply_edits(found.model, old)
+    return None
+
+
+def _combinations(options: list[list[Any]]) -> Any:
+    """All first choices, then one choice at a time, then all together."""
+    first = tuple(o[0] for o in options)
+    yield first
+    seen = {first}
+    for chosen in itertools.product(*options):
+        if chosen not in seen:
+            seen.add(chosen)
+            yield chosen
+
+
+def apply_edits(model: nn.Module, edits: Edits) -> Edits:
+    """Set attributes; returns the values they had."""
+    old: Edits = {}
+    for path, changes in edits.items():
+        module = model.get_submodule(path)
+        old[path] = {name: getattr(module, name) for name in changes}
+        for name, value in changes.items():
+            setattr(module, name, tuple(value) if isinstance(value, list) else value)
+    return old
+
+
+def _candidates(
+    found: Trace, units: Kept
+) -> tuple[Edits, dict[tuple[Any, ...], list[tuple[str, str]]]]:
+    """Attributes that follow from a layer's own tensors; and those that equal a changed literal.
+
+    The latter by (class, old value, new value): modules of one class are treated alike.
+    """
+    certain: Edits = {}
+    for path, module in found.model.named_modules():
+        if changes := own_sizes(module):
+            certain[path] = changes
+    by_literal: dict[tuple[Any, ...], list[tuple[str, str]]] = defaultdict(list)
+    modules = dict(found.model.named_modules())
+    lists: dict[tuple[Any, str], list[tuple[Any, int, int]]] = defaultdict(list)
+    for literal, old, new in literal_values(found, _counter(units)):
+        path = executed_by(literal.node)
+        if path is None or path not in modules:
+            continue
+        if literal.place is not None:
+            lists[literal.node, literal.argument].append((literal, old, new))
+        module = modules[path]
+        if isinstance(module, nn.modules.conv._ConvNd):
+            if literal.argument == "groups":
+                certain.setdefault(path, {})["groups"] = new
+                certain[path]["in_channels"] = module.weight.shape[1] * new
+            continue
+        if isinstance(module, nn.GroupNorm):
+            certain.setdefault(path, {})["num_groups"] = new
+            continue
+        while True:
+            named = [
+                n
+                for n, v in vars(module).items()
+                if type(v) is int and v == abs(old) and not n.startswith("_")
+                and n not in certain.get(path, {})
+            ]
+            if named or not path:
+                break
+            path = path.rpartition(".")[0]
+            module = modules[path]
+        key = (type(module).__name__, abs(old), abs(new))
+        for name in named:
+            if (path, name) not in by_literal[key]:
+                by_literal[key].append((path, name))
+    for (node, argument), changes in lists.items():
+        _whole_lists(found, node, argument, changes, certain)
+    return certain, {k: v for k, v in by_literal.items() if v}
+
+
+def _whole_lists(
+    found: Trace, node: Any, argument: str, changes: list[tuple[Any, int, int]], certain: Edits
+) -> None:
+    """A list of sizes that is an attribute as a whole, such as those of a split."""
+    path = executed_by(node)
+    names = [a.name for a in node.target._schema.arguments]
+    at = names.index(argument)
+    old = list(node.args[at] if at < len(node.args) else node.kwargs[argument])
+    new = list(old)
+    for literal, _, value in changes:
+        new[literal.place] = value
+    module = found.model.get_submodule(path or "")
+    for name, value in vars(module).items():
+        if isinstance(value, tuple | list) and len(value) > 1 and list(value) == old:
+            certain.setdefault(path or "", {})[name] = new
+
+
+def executed_by(node: Any) -> str | None:
+    """Path of the innermost module whose code executed a node."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path = list(stack.values())[-1][0]
+    return str(path).removeprefix("L['self'].").removeprefix("L['self']")
+
+
+def own_sizes(module: nn.Module) -> dict[str, Any]:
+    """Attributes of a standard layer that its own tensors determine, where they differ."""
+    weight = getattr(module, "weight", None)
+    wanted: dict[str, Any] = {}
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        wanted = {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * module.groups}
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        groups = module.groups
+        wanted = {"out_channels": weight.shape[0], "in_channels": weight.shape[1] * groups}
+    elif isinstance(module, nn.Linear):
+        wanted = {"in_features": weight.shape[1], "out_features": weight.shape[0]}
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        known = weight if weight is not None else module.running_mean
+        wanted = {"num_features": known.shape[0]} if known is not None else {}
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and weight is not None:
+        wanted = {"normalized_shape": tuple(weight.shape)}
+    elif isinstance(module, nn.GroupNorm) and weight is not None:
+        wanted = {"num_channels": weight.shape[0]}
+    elif isinstance(module, nn.Embedding):
+        wanted = {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
+    elif isinstance(module, nn.PReLU):
+        wanted = {"num_parameters": weight.shape[0]}
+    elif isinstance(module, nn.RNNBase):
+        wanted = {
+            "input_size": module.weight_ih_l0.shape[1],
+            "hidden_size": module.weight_hh_l0.shape[1],
+        }
+    elif type(module).__name__ == "Conv1D" and weight is not None:
+        wanted = {"nx": weight.shape[0], "nf": weight.shape[1]}
+    return {
+        n: v for n, v in wanted.items() if hasattr(module, n) and not _equal(getattr(module, n), v)
+    }
+
+
+def _equal(old: Any, new: Any) -> bool:
+    return tuple(old) == tuple(new) if isinstance(new, tuple) else bool(old == new)
