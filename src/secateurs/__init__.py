@@ -1,6 +1,6 @@
 """secateurs: prune everything a neural network is made of and fed with."""
 
-from secateurs.api import finetune, prune, train_with
+from secateurs.api import axes, finetune, prune, train_with
 from secateurs.errors import DivergedError, InputError, SecateursError
 from secateurs.method import Method, Procedure, Pruner, TrainingPruner
 from secateurs.outcome import Outcome, load, save
@@ -33,6 +33,7 @@ __all__ = [
     "TrainSettings",
     "TrainingPruner",
     "Workspace",
+    "axes",
     "classification",
     "create",
     "finetune",

@@ -40,6 +40,12 @@ class Method(ABC):
     budgets: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]] = ("nothing",)
 
+    @property
+    def time(self) -> str:
+        """When it prunes, of the times in its tags; a method of several says by an option."""
+        times = self.tags.values("when")
+        return "PBT" if "PBT" in times else times[0]
+
     def check(self) -> None:
         """Refuse hyper-parameters that `create` would refuse, for objects made by hand.
 

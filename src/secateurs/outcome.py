@@ -67,6 +67,8 @@ class Outcome:
         metrics_before, metrics_after: of the task, if there was one.
         history: a record a round, an epoch or an arm, as the method has them.
         tables: further results of a method, by title, each a list of rows.
+        surgery: how the model was made smaller than the dense one, step by step: plans of
+            `secateurs.structure.persistence`; empty where nothing was.
         notes: what the user should know, such as layers that were left dense or emptied.
     """
 
@@ -87,6 +89,7 @@ class Outcome:
     metrics_after: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    surgery: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def layers(self) -> list[dict[str, Any]]:
@@ -115,6 +118,7 @@ class Outcome:
             "layers": self.layers(),
             "history": self.history,
             "tables": self.tables,
+            "surgery": self.surgery,
             "notes": self.notes,
         }
 
@@ -173,6 +177,10 @@ def load(folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None =
     if model is None:
         model = _model_from_source(plan["source"])
     net = model if isinstance(model, nn.Module) else model()
+    if plan.get("surgery"):
+        from secateurs.structure.persistence import rebuild
+
+        net = rebuild(net, plan["surgery"])
     weights, _ = read_tensors(folder / WEIGHTS)
     load_weights(net.eval(), weights)
     packed, metadata = read_tensors(folder / MASKS)
@@ -189,7 +197,7 @@ def load(folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None =
             for key in (
                 "method", "options", "budget", "seed", "source", "unit", "primary",
                 "higher_is_better", "metrics_before",
-                "metrics_after", "history", "tables", "notes",
+                "metrics_after", "history", "tables", "surgery", "notes",
             )
         },
     )  # fmt: skip

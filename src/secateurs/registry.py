@@ -161,9 +161,9 @@ def list_methods(pattern: str = "*", **wanted: str) -> dict[str, type[Any]]:
     }
 
 
-NEEDS = ("nothing", "batches", "training", "fresh-model", "resize")
-"""What a method may ask for: batches with a loss, a training set to train on, a function that
-makes a fresh model, a function that makes the model at another width."""
+NEEDS = ("nothing", "inputs", "batches", "training", "fresh-model", "resize")
+"""What a method may ask for: example inputs, batches with a loss, a training set to train on, a
+function that makes a fresh model, a function that makes the model at another width."""
 
 
 def method_class(name: str) -> type[Any]:

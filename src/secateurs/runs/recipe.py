@@ -26,7 +26,7 @@ import yaml
 
 from secateurs.errors import InputError, described, require, unknown
 from secateurs.method import Method, Pruner
-from secateurs.registry import build, create, method_class
+from secateurs.registry import build, create
 from secateurs.settings import TrainSettings
 from secateurs.task import Task
 
@@ -216,9 +216,8 @@ def stages_for(method: str, budget: str, options: Mapping[str, Any], *, fresh: b
         fresh: whether the model comes without trained weights.
     """
     prune = Stage("prune", method, budget, dict(options))
-    cls = method_class(method)
-    after_training = "PBT" not in cls.tags.values("when")
-    if fresh and after_training and issubclass(cls, Pruner):
+    made = create(method, options)
+    if fresh and made.time != "PBT" and isinstance(made, Pruner):
         return [Stage("train"), prune]
     return [prune]
 

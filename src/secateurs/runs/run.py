@@ -166,6 +166,7 @@ class Run:
                 if before is not None:
                     outcome.before = before.before
                     outcome.metrics_before = before.metrics_before
+                    outcome.surgery = before.surgery + outcome.surgery
             else:
                 outcome = self._finetune(outcome or Outcome(model), task, stage, place)
         if outcome is None:

@@ -26,10 +26,12 @@ import numpy as np
 SEGMENTS = 200
 """Sums of more parts are not aligned: two that share a part, shifted, would be cut to crumbs."""
 
+EMPTY = "a tensor without elements"
+
 _numbers = count()
 
 
-class Mismatch(Exception):
+class Mismatch(Exception):  # noqa: N818
     """Two dimensions that cannot be laid side by side; the message shows both."""
 
 
@@ -134,6 +136,11 @@ def freeze(dim: Dim, why: str) -> None:
         a.frozen = a.frozen or why
 
 
+def _why(dim: Dim) -> str:
+    """The first reason why a frozen dimension is frozen; single units are, as any constant is."""
+    return next((a.frozen for a in plain_axes(dim) if a.frozen), "a constant")
+
+
 def mark_over(dim: Dim, operation: str) -> None:
     """Note that `operation` computes a statistic over `dim`."""
     for a in plain_axes(dim):
@@ -154,6 +161,8 @@ def unify(left: Dim, right: Dim) -> None:
     """
     if size_of(left) != size_of(right):
         raise Mismatch(f"{show(left)} against {show(right)}")
+    if size_of(left) == 0:
+        return
     xs, ys = _stack(left), _stack(right)
     while xs or ys:
         x, y = _pop(xs), _pop(ys)
@@ -173,7 +182,10 @@ def reshape(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
     Raises:
         Mismatch: a size would cut through an axis at no whole unit.
     """
-    stack = _stack(tuple(a for dim in dims for a in dim))
+    whole = tuple(a for dim in dims for a in dim)
+    if size_of(whole) == 0:
+        return [axis(n, EMPTY) for n in sizes]
+    stack = _stack(whole)
     cut_to = []
     for size in sizes:
         taken: list[Axis] = []
@@ -189,7 +201,7 @@ def reshape(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
                 outer, inner = _split(a, missing, stack)
                 stack += reversed(inner)
                 taken += outer
-                missing = 1
+                missing //= size_of(outer)
         cut_to.append(tuple(taken))
     if stack:
         raise Mismatch(f"{show(tuple(stack))} left over for sizes {list(sizes)}")
@@ -227,8 +239,7 @@ def _stack(dim: Dim) -> list[Axis]:
         if a.size == 1:
             continue
         if stack and is_frozen((a,)) and is_frozen((stack[-1],)):
-            why = next(plain_axes((a,)), a).frozen
-            stack[-1] = Axis(a.size * stack[-1].size, why or "a constant")
+            stack[-1] = Axis(a.size * stack[-1].size, _why((a,)))
         else:
             stack.append(a)
     return stack
@@ -283,7 +294,11 @@ def _split_sum(a: Axis, outer: int, inner: int) -> tuple[Dim, Dim]:
 
 
 def _merge(x: Axis, y: Axis) -> None:
-    """Make two leaves of one size the same axis."""
+    """Make two leaves of one size the same axis; beside a frozen one it is enough to freeze."""
+    for one, other in ((x, y), (y, x)):
+        if is_frozen((one,)):
+            freeze((other,), _why((one,)))
+            return
     if x.parts is not None and y.parts is not None:
         _align(x, y)
     x, y = x.root, y.root
@@ -295,8 +310,6 @@ def _merge(x: Axis, y: Axis) -> None:
     if x.parts is not None:
         x, y = y, x
     x._same = y
-    if x.frozen is not None:
-        freeze((y,), x.frozen)
     for operation in x.over:
         mark_over((y,), operation)
 
@@ -307,9 +320,9 @@ def _align(x: Axis, y: Axis) -> None:
         if len(left) + len(right) > SEGMENTS:
             raise Mismatch(f"{x!r} against {y!r}: too many segments")
         for place in right:
-            _cut_once((x,), place)
+            _cut_axis(x, place)
         for place in left:
-            _cut_once((y,), place)
+            _cut_axis(y, place)
     for a, b in zip(x.parts or (), y.parts or (), strict=True):
         unify(a, b)
 
@@ -324,7 +337,7 @@ def _cut_once(dim: Dim, place: int) -> tuple[Dim, Dim]:
     if not 0 < place < size_of(found):
         raise Mismatch(f"{show(dim)} cut at {place}")
     if is_frozen(found):
-        why = next((a.frozen for a in plain_axes(found)), None) or "a constant"
+        why = _why(found)
         return axis(place, why), axis(size_of(found) - place, why)
     first, rest = found[0], found[1:]
     at, inside = divmod(place, size_of(rest))

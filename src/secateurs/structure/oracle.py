@@ -150,9 +150,11 @@ def _replaced(n: fx.Node, argument: str, args: Any, kwargs: Any, change: Any) ->
     names = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
     at = names.index(name)
     old = args[at] if at < len(args) else kwargs[name]
-    new = change(old) if not number else [
-        change(x) if i == int(number) else x for i, x in enumerate(old)
-    ]
+    new = (
+        change(old)
+        if not number
+        else [change(x) if i == int(number) else x for i, x in enumerate(old)]
+    )
     if at < len(args):
         return (*args[:at], new, *args[at + 1 :]), kwargs
     return args, {**kwargs, name: new}

@@ -504,9 +504,11 @@ def along(at: Site) -> Value:
 
     def dims_of(value: Any) -> Dims:
         shape = [int(n) for n in value.shape]
-        left = list(dims) if len(shape) >= len(dims) else [
-            d for p, d in enumerate(dims) if p not in places
-        ]
+        left = (
+            list(dims)
+            if len(shape) >= len(dims)
+            else [d for p, d in enumerate(dims) if p not in places]
+        )
         left += [()] * (len(shape) - len(left))
         return [
             d if size_of(d) == n else axis(n, f"{name} along it")
@@ -617,8 +619,13 @@ def pad(at: Site) -> Value:
             dims[place] = axis(at.out[place], "padding")
         else:
             around = [axis(n, "padding") for n in (before, after)]
-            parts = [p for p, n in zip((around[0], dims[place], around[1]),
-                                       (before, 1, after), strict=True) if n]
+            parts = [
+                p
+                for p, n in zip(
+                    (around[0], dims[place], around[1]), (before, 1, after), strict=True
+                )
+                if n
+            ]
             dims[place] = concatenate(parts)
     return dims
 
@@ -712,8 +719,10 @@ def cat(at: Site) -> Value:
     tensors = [d for d in tensors if not (len(d) == 1 and size_of(d[0]) == 0)]
     rank = len(at.out)
     place = at.args["dim"] % rank
-    out = broadcast([[*d[:place], (), *d[place + 1 :]] for d in tensors],
-                    [1 if p == place else n for p, n in enumerate(at.out)])
+    out = broadcast(
+        [[*d[:place], (), *d[place + 1 :]] for d in tensors],
+        [1 if p == place else n for p, n in enumerate(at.out)],
+    )
     out[place] = concatenate([d[place] for d in tensors])
     return out
 

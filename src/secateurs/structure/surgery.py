@@ -24,7 +24,6 @@ from secateurs.errors import InputError, described, require
 from secateurs.structure.dimensions import Axis, Kept, kept_indices, shortened_size
 from secateurs.structure.oracle import expected_outputs
 from secateurs.structure.rewrite import (
-    RewrittenGraph,
     current_tensors,
     difference,
     literal_values,
@@ -154,12 +153,11 @@ def _fold_scales(found: Trace, units: Kept, notes: list[str]) -> dict[Any, float
     """Fold changes of attention scales into query weights; what cannot be folded is returned."""
     count, stated, done = _counter(units), {}, set()
     tensors = named_tensors(found.model)
-    names = {n: canonical for n, canonical in found.same.items()}
     for node, dim in found.notes.scales:
         old, new = math.prod(a.size for a in dim), shortened_size(dim, count)
         if old == new:
             continue
-        sources = query_sources(node, names)
+        sources = query_sources(node, found.same)
         if sources is None:
             stated[node] = 1 / math.sqrt(old)
             continue
@@ -259,7 +257,9 @@ def _candidates(
             named = [
                 n
                 for n, v in vars(module).items()
-                if type(v) is int and v == abs(old) and not n.startswith("_")
+                if type(v) is int
+                and v == abs(old)
+                and not n.startswith("_")
                 and n not in certain.get(path, {})
             ]
             if named or not path:
@@ -270,8 +270,8 @@ def _candidates(
         for name in named:
             if (path, name) not in by_literal[key]:
                 by_literal[key].append((path, name))
-    for (node, argument), changes in lists.items():
-        _whole_lists(found, node, argument, changes, certain)
+    for (node, argument), listed in lists.items():
+        _whole_lists(found, node, argument, listed, certain)
     return certain, {k: v for k, v in by_literal.items() if v}
 
 
@@ -303,7 +303,7 @@ def executed_by(node: Any) -> str | None:
 
 def own_sizes(module: nn.Module) -> dict[str, Any]:
     """Attributes of a standard layer that its own tensors determine, where they differ."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     wanted: dict[str, Any] = {}
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         wanted = {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * module.groups}
@@ -324,10 +324,9 @@ def own_sizes(module: nn.Module) -> dict[str, Any]:
     elif isinstance(module, nn.PReLU):
         wanted = {"num_parameters": weight.shape[0]}
     elif isinstance(module, nn.RNNBase):
-        wanted = {
-            "input_size": module.weight_ih_l0.shape[1],
-            "hidden_size": module.weight_hh_l0.shape[1],
-        }
+        first: Any = module.weight_ih_l0
+        second: Any = module.weight_hh_l0
+        wanted = {"input_size": first.shape[1], "hidden_size": second.shape[1]}
     elif type(module).__name__ == "Conv1D" and weight is not None:
         wanted = {"nx": weight.shape[0], "nf": weight.shape[1]}
     return {

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from secateurs.errors import InputError, described
-from secateurs.task import Task
+from secateurs.errors import InputError, described, require
+from secateurs.task import Split, Task, batch_size, head, split_batch
 from secateurs.training.order import batches_from, steps_per_epoch
 
 
@@ -23,6 +25,58 @@ def first_batch(task: Task, seed: int) -> Any:
 def some_batches(task: Task, seed: int, count: int) -> list[Any]:
     """The first `count` training batches of a seed."""
     return [b for b, _ in islice(batches_from(task.training_loader(), seed, 0), count)]
+
+
+def calibration_inputs(
+    loader: DataLoader[Any], samples: int, seed: int, split: Split = split_batch
+) -> Any:
+    """Inputs of the first `samples` of a loader under a seed, as one batch.
+
+    Fewer where the loader has fewer.
+    """
+    found: list[Any] = []
+    for batch, _ in islice(batches_from(loader, seed, 0), steps_per_epoch(loader)):
+        inputs, _ = split(batch)
+        found.append(inputs)
+        if sum(batch_size(i) for i in found) >= samples:
+            break
+    return head(joined(found), samples)
+
+
+def noise_like(example: Any, samples: int, seed: int) -> Any:
+    """`samples` inputs of uniform noise, over the range of the values of an example.
+
+    Integers (tokens) are drawn from 0 to the largest of the example.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: drawn(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(drawn(v) for v in value)
+        if not isinstance(value, Tensor):
+            return value
+        shape = (samples, *value.shape[1:])
+        if not value.is_floating_point():
+            top = int(value.max()) + 1
+            return torch.randint(top, shape, generator=generator).to(value)
+        low, high = float(value.min()), float(value.max())
+        require(low < high, "task.example_inputs", described("constant values"), "a real sample")
+        noise = torch.rand(shape, generator=generator) * (high - low) + low
+        return noise.to(value)
+
+    return drawn(example)
+
+
+def joined(batches: list[Any]) -> Any:
+    """Nested batches side by side along their first dimension."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat(batches)
+    if isinstance(first, Mapping):
+        return {k: joined([b[k] for b in batches]) for k in first}
+    return type(first)(joined(list(parts)) for parts in zip(*batches, strict=True))
 
 
 def class_balanced(task: Task, seed: int, per_class: int, parts: int = 1) -> list[Any]:

@@ -1,0 +1,1 @@
+"""Methods that remove channels, neurons and heads: whole units of any axis."""
