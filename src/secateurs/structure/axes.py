@@ -173,7 +173,8 @@ class Structure(Mapping[str, Group]):
             name = op_name(node)
             if name.startswith("conv"):
                 roles.update(dict.fromkeys(plain_axes(dims[1]), "channel"))
-            if name.startswith(("conv", "linear")):
+            per_channel = len(node.args) > 6 and node.args[6] != 1  # grouped: no stream of its own
+            if name.startswith(("conv", "linear")) and not per_channel:
                 made.update(set(plain_axes(dims[1 if name.startswith("conv") else -1])))
                 operand = self.trace.dims.get(node.args[0])  # type: ignore[arg-type]
                 if operand:
@@ -218,4 +219,3 @@ class Structure(Mapping[str, Group]):
 
 def _whole(axis: Axis) -> int:
     return axis.size
-

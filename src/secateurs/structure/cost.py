@@ -25,7 +25,8 @@ class StructureCost:
         of: kept counts by axis -> parameters, MACs of one sample, or seconds.
         whole: the cost with nothing removed.
         target: what the budget allows.
-        asked: the budget's own value; `reached` says a cost in the same terms.
+        asked: the budget in the terms of its promise: a share if `relative`, else the target;
+            `reached` says a cost in the same terms.
     """
 
     of: Cost
@@ -70,7 +71,9 @@ def structure_cost(structure: Structure, budget: Budget, example_inputs: Any) ->
     removed = budget.kind == "sparsity"
     share = 1 - budget.value if removed else budget.value
     target = share * whole if budget.relative else budget.value
-    return StructureCost(of, whole, target, budget.value, budget.relative, removed)
+    # amounts are promised as amounts, like everywhere
+    shares = budget.kind in ("sparsity", "density")
+    return StructureCost(of, whole, target, budget.value if shares else target, shares, removed)
 
 
 def _seconds(structure: Structure, counts: Counts) -> float:

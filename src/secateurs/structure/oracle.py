@@ -16,12 +16,15 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.export._tree_utils import reorder_kwargs
+from torch.utils._pytree import tree_leaves
 
 from secateurs.structure.dimensions import Dim, Kept, kept_indices, plain_axes
-from secateurs.structure.rewrite import literal_values
+from secateurs.structure.parts import Part, replaced
+from secateurs.structure.rewrite import SAME_ELSEWHERE, literal_values
 from secateurs.structure.rules import Meeting
-from secateurs.structure.trace import Trace, traceable
+from secateurs.structure.trace import Trace, outputs_of, traceable
 
 
 def expected_outputs(found: Trace, kept: Kept) -> Any:
@@ -31,15 +34,27 @@ def expected_outputs(found: Trace, kept: Kept) -> Any:
         found: a trace whose model still has its dense weights.
         kept: units that stay, by axis.
     """
-    with traceable(found.model), torch.no_grad():
-        return DenseWithZeros(found, kept).run(*found.args, **found.kwargs)
+    zeroed = {part.path: _Interpreted(DenseWithZeros(found, part, kept)) for part in found.parts}
+    with traceable(found.model):
+        return outputs_of(found, replaced(found.model, zeroed))
+
+
+class _Interpreted(nn.Module):
+    """Runs an interpreter in place of the module that was exported."""
+
+    def __init__(self, interpreter: DenseWithZeros) -> None:
+        super().__init__()
+        self.interpreter = interpreter
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.interpreter.run(*args, **kwargs)
 
 
 class DenseWithZeros(fx.Interpreter):
     """Runs the dense graph without the contributions of removed units."""
 
-    def __init__(self, found: Trace, kept: Kept) -> None:
-        super().__init__(found.graph)
+    def __init__(self, found: Trace, part: Part, kept: Kept) -> None:
+        super().__init__(part.graph)
         self.found, self.kept = found, kept
         self.zeroed: dict[fx.Node, list[Meeting]] = defaultdict(list)
         self.statistics: dict[fx.Node, list[Meeting]] = defaultdict(list)
@@ -52,7 +67,8 @@ class DenseWithZeros(fx.Interpreter):
             self.literals[literal.node].append((literal, new))
 
     def run(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        flat = self.module.graph.process_inputs(*args, **kwargs)  # type: ignore[union-attr]
+        spec = self.module._in_spec
+        flat = tree_leaves((args, reorder_kwargs(kwargs, spec)))
         result = super().run(*flat, enable_io_processing=False)
         return self.module.graph.process_outputs(result)  # type: ignore[union-attr]
 
@@ -66,7 +82,7 @@ class DenseWithZeros(fx.Interpreter):
         return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function(target, args, kwargs)
+        return super().call_function(SAME_ELSEWHERE.get(target, target), args, kwargs)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
         args, kwargs = super().fetch_args_kwargs_from_env(n)

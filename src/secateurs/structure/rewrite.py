@@ -15,11 +15,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from secateurs.structure.dimensions import Axis, shortened_size, size_of
+from secateurs.structure.parts import Part, replaced
 from secateurs.structure.rules import Literal, op_name
 from secateurs.structure.trace import Trace, named_tensors
 
 Counts = Callable[[Axis], int]
 """Axis -> how many of its units stay."""
+
+SAME_ELSEWHERE = {torch.ops.aten.view.default: torch.ops.aten.reshape.default}
+"""Operations that ask for a layout in memory, which follows sizes: their forms that do not."""
 
 
 class RewrittenGraph(fx.GraphModule):
@@ -62,31 +66,47 @@ def rewritten(
     counts: Counts,
     tensors: Mapping[str, Tensor],
     scales: Mapping[fx.Node, float] | None = None,
-) -> RewrittenGraph:
+) -> nn.Module:
     """The graph of `found` with new literals and other tensors.
+
+    A model that was exported in parts is given with the graphs in the place of the parts.
 
     Args:
         tensors: parameters and buffers by canonical name.
         scales: attention calls whose scale is to be stated, because it would follow the width.
     """
+    sizes = literal_values(found, counts)
+    graphs = {p.path: _rewritten(found, p, sizes, tensors, scales or {}) for p in found.parts}
+    return replaced(found.model, graphs)
+
+
+def _rewritten(
+    found: Trace,
+    part: Part,
+    sizes: list[tuple[Literal, int, int]],
+    tensors: Mapping[str, Tensor],
+    scales: Mapping[fx.Node, float],
+) -> RewrittenGraph:
     copies: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
-    result = graph.graph_copy(found.graph.graph, copies)
+    result = graph.graph_copy(part.graph.graph, copies)
     graph.output(result)
-    graph._codegen = copy.deepcopy(found.graph.graph._codegen)
-    for literal, _, new in literal_values(found, counts):
-        _set_argument(copies.get(literal.node, literal.node), literal.argument, literal.place, new)
-    for node, scale in (scales or {}).items():
-        own = copies.get(node, node)
-        own.kwargs = {**own.kwargs, "scale": scale}
+    graph._codegen = copy.deepcopy(part.graph.graph._codegen)
+    for literal, _, new in sizes:
+        if literal.node in copies:
+            _set_argument(copies[literal.node], literal.argument, literal.place, new)
+    for node, scale in scales.items():
+        if node in copies:
+            copies[node].kwargs = {**copies[node].kwargs, "scale": scale}
     for old, own in copies.items():
         own.meta = dict(old.meta)
+        own.target = SAME_ELSEWHERE.get(own.target, own.target)
         if op_name(old) == "batch_norm":  # training while traced in eval mode: a computation
             own.meta["always"] = len(old.args) > 5 and old.args[5] is True
     root = nn.Module()
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):
-            _carry(found, str(node.target), root, tensors)
+            _carry(found, part, str(node.target), root, tensors)
     return RewrittenGraph(root, graph)
 
 
@@ -104,16 +124,18 @@ def _set_argument(node: fx.Node, argument: str, place: int | None, value: int) -
         node.kwargs = {**node.kwargs, argument: new}
 
 
-def _carry(found: Trace, target: str, root: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _carry(
+    found: Trace, part: Part, target: str, root: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
     """Put the attribute that a node reads into `root`."""
     *path, last = target.split(".")
     owner = root
-    for part in path:
-        if not hasattr(owner, part):
-            owner.add_module(part, nn.Module())
-        owner = getattr(owner, part)
+    for step in path:
+        if not hasattr(owner, step):
+            owner.add_module(step, nn.Module())
+        owner = getattr(owner, step)
     canonical = found.same.get(target)
-    value: Any = tensors[canonical] if canonical is not None else _attribute(found.graph, target)
+    value: Any = tensors[canonical] if canonical is not None else _attribute(part.graph, target)
     if isinstance(value, nn.Parameter):
         owner.register_parameter(last, value)
     elif isinstance(value, Tensor):

@@ -909,7 +909,7 @@ def recurrent(at: Site) -> Value:
     dims, params = at.dims("input"), [p for p in at.listed("params") if p is not None]
     layers, ways = at.args["num_layers"], 2 if at.args["bidirectional"] else 1
     each = len(params) // (layers * ways)
-    if each not in (2, 4) or each == 2 and at.args["has_biases"]:
+    if each not in (2, 4) or (each == 2 and at.args["has_biases"]):
         raise Mismatch("an LSTM with a projection")
     states = at.args["hx"] if isinstance(at.args["hx"], list | tuple) else [at.args["hx"]]
     hidden: list[Dim] = []

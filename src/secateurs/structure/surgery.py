@@ -21,17 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.errors import InputError, described, require
-from secateurs.structure.dimensions import Axis, Kept, kept_indices, shortened_size
+from secateurs.structure.batch import free_batch
+from secateurs.structure.dimensions import Axis, Kept, kept_indices, plain_axes, shortened_size
 from secateurs.structure.oracle import expected_outputs
 from secateurs.structure.rewrite import (
+    RewrittenGraph,
     current_tensors,
     difference,
     literal_values,
     rewritten,
     same_outputs,
 )
-from secateurs.structure.scale import query_sources
-from secateurs.structure.trace import Trace, named_tensors, traceable
+from secateurs.structure.rules import op_name
+from secateurs.structure.scale import foldable
+from secateurs.structure.trace import Trace, named_tensors, outputs_of, traceable
 
 TRIES = 32
 """Settings of ambiguous attributes that are tried before the graph is handed back."""
@@ -72,10 +75,21 @@ def shorten(found: Trace, kept: Mapping[Axis, Any], *, check: bool = True) -> Sh
         check: compare the outputs for the example inputs with `oracle.expected_outputs`.
 
     Raises:
-        InputError: an axis that is frozen, empty, or given units it does not have.
+        InputError: an axis that is frozen, empty, or given units it does not have. On this and
+            any other error the model is as it was.
     """
     units = _checked(kept)
     expected = expected_outputs(found, units) if check else None
+    old = {name: (tensor.data, tensor.grad) for name, tensor in current_tensors(found).items()}
+    try:
+        return _shortened(found, units, expected, {n: data for n, (data, _) in old.items()})
+    except BaseException:
+        for name, tensor in current_tensors(found).items():
+            tensor.data, tensor.grad = old[name]
+        raise
+
+
+def _shortened(found: Trace, units: Kept, expected: Any, dense: Mapping[str, Tensor]) -> Shortened:
     slices = _slices(found, units)
     notes: list[str] = []
     scales = _fold_scales(found, units, notes)
@@ -85,33 +99,50 @@ def shorten(found: Trace, kept: Mapping[Axis, Any], *, check: bool = True) -> Sh
     graph = rewritten(found, counts, current_tensors(found), scales)
     graph.eval()
     with traceable(found.model), torch.no_grad():
-        wanted = graph(*found.args, **found.kwargs)
+        wanted = outputs_of(found, graph)
         edits = None if scales else _resize(found, units, wanted)
     gap = None
-    if check:
+    if expected is not None:
         leaves = torch.utils._pytree.tree_leaves
         gap = max(map(difference, leaves(wanted), leaves(expected)), default=0.0)
     if edits is None:
+        sizes = "batches of any size" if _free_batch(found, graph, dense) else "this batch size"
         notes.append(
             "the model's Python code states sizes that no attribute holds: it is handed back as "
-            "a graph, for the shapes of the example inputs"
+            f"a graph, for samples of the example inputs' shape and {sizes}"
         )
         graph.train(found.model.training)
         return Shortened(graph, "graph", slices, {}, gap, notes)
     return Shortened(found.model, "module", slices, edits, gap, notes)
 
 
+def _free_batch(found: Trace, graph: RewrittenGraph, dense: Mapping[str, Tensor]) -> bool:
+    """`free_batch`, with the dense weights in the model meanwhile."""
+    tensors = current_tensors(found)
+    shortened = {name: tensor.data for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        tensor.data = dense[name]
+    try:
+        return free_batch(found, graph)
+    finally:
+        for name, tensor in tensors.items():
+            tensor.data = shortened[name]
+
+
 def _checked(kept: Mapping[Axis, Any]) -> dict[Axis, np.ndarray]:
     units: dict[Axis, np.ndarray] = {}
     for axis, given in kept.items():
-        indices = np.unique(np.asarray(given, dtype=np.int64))
-        require(axis.root is axis and axis.parts is None, "kept", axis, "plain axes")
+        require([*plain_axes((axis,))] == [axis], "kept", axis, "plain axes")
+        listed = np.asarray(given)
+        whole = listed.dtype.kind in "iu" or listed.size == 0  # a mask is not a list of indices
+        require(whole, "kept", described(f"{listed.dtype} values"), "indices of units")
+        indices = np.unique(listed.astype(np.int64))
+        fits = len(indices) > 0 and indices[0] >= 0 and indices[-1] < axis.size
+        require(fits, "kept", indices.tolist(), f"at least one index in 0..{axis.size - 1}")
         if len(indices) == axis.size:
             continue
         if axis.frozen is not None:
             raise InputError("kept", described(f"a frozen axis ({axis.frozen})"), "free axes")
-        fits = len(indices) > 0 and indices[0] >= 0 and indices[-1] < axis.size
-        require(fits, "kept", indices.tolist(), f"at least one index in 0..{axis.size - 1}")
         units[axis] = indices
     return units
 
@@ -151,24 +182,23 @@ def slice_tensor(tensor: Tensor, places: Mapping[int, list[int]]) -> None:
 
 def _fold_scales(found: Trace, units: Kept, notes: list[str]) -> dict[Any, float]:
     """Fold changes of attention scales into query weights; what cannot be folded is returned."""
-    count, stated, done = _counter(units), {}, set()
-    tensors = named_tensors(found.model)
-    for node, dim in found.notes.scales:
-        old, new = math.prod(a.size for a in dim), shortened_size(dim, count)
-        if old == new:
-            continue
-        sources = query_sources(node, found.same)
-        if sources is None:
-            stated[node] = 1 / math.sqrt(old)
-            continue
+    count = _counter(units)
+    widths = {
+        node: (math.prod(a.size for a in dim), shortened_size(dim, count))
+        for node, dim in found.notes.scales
+    }
+    factors = {node: math.sqrt(new / old) for node, (old, new) in widths.items() if new != old}
+    parameters = dict(found.model.named_parameters(remove_duplicate=False))
+    folded = foldable(factors, {n: c for n, c in found.same.items() if n in parameters})
+    done: set[str] = set()
+    for node, sources in folded.items():
         for source in sources:
-            key = (source.tensors, tuple(source.rows.tolist()))
-            if key in done:
-                continue
-            done.add(key)
-            for name in source.tensors:
-                with torch.no_grad():
-                    tensors[name][source.rows] *= math.sqrt(new / old)
+            for name in set(source.tensors) - done:
+                value = parameters[name].data.clone()
+                value[source.rows] *= factors[node]
+                parameters[name].data = value
+                done.add(name)
+    stated = {node: 1 / math.sqrt(widths[node][0]) for node in factors if node not in folded}
     if stated:
         notes.append("attention scales are stated in the graph: they could not be folded")
     return stated
@@ -193,7 +223,7 @@ def _resize(found: Trace, units: Kept, wanted: Any) -> Edits | None:
                     edits[path][attribute] = key[-1]
         old = apply_edits(found.model, edits)
         try:
-            result = found.model(*found.args, **found.kwargs)
+            result = outputs_of(found, found.model)
         except Exception:
             result = None
         if result is not None and same_outputs(result, wanted, AGREE):
@@ -237,10 +267,15 @@ def _candidates(
             certain[path] = changes
     by_literal: dict[tuple[Any, ...], list[tuple[str, str]]] = defaultdict(list)
     modules = dict(found.model.named_modules())
+    first = {id(module): path for path, module in modules.items()}
+    called: dict[str | None, str] = {
+        name: first[id(module)]
+        for name, module in found.model.named_modules(remove_duplicate=False)
+    }
     lists: dict[tuple[Any, str], list[tuple[Any, int, int]]] = defaultdict(list)
     for literal, old, new in literal_values(found, _counter(units)):
-        path = executed_by(literal.node)
-        if path is None or path not in modules:
+        path = called.get(executed_by(literal.node))
+        if path is None:
             continue
         if literal.place is not None:
             lists[literal.node, literal.argument].append((literal, old, new))
@@ -248,7 +283,9 @@ def _candidates(
         if isinstance(module, nn.modules.conv._ConvNd):
             if literal.argument == "groups":
                 certain.setdefault(path, {})["groups"] = new
-                certain[path]["in_channels"] = module.weight.shape[1] * new
+                transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+                side = "out_channels" if transposed else "in_channels"
+                certain[path][side] = module.weight.shape[1] * new
             continue
         if isinstance(module, nn.GroupNorm):
             certain.setdefault(path, {})["num_groups"] = new
@@ -270,26 +307,40 @@ def _candidates(
         for name in named:
             if (path, name) not in by_literal[key]:
                 by_literal[key].append((path, name))
+    for node, dims in found.dims.items():  # norms without tensors of their own
+        attribute = {"instance_norm": "num_features", "group_norm": "num_channels"}.get(
+            op_name(node)
+        )
+        path = called.get(executed_by(node))
+        if attribute is None or path is None or not hasattr(modules[path], attribute):
+            continue
+        size = shortened_size(dims[1], _counter(units))
+        if size != getattr(modules[path], attribute):
+            certain.setdefault(path, {})[attribute] = size
     for (node, argument), listed in lists.items():
-        _whole_lists(found, node, argument, listed, certain)
+        path = called[executed_by(node)]
+        _whole_lists(modules[path], node, argument, listed, certain.setdefault(path, {}))
     return certain, {k: v for k, v in by_literal.items() if v}
 
 
 def _whole_lists(
-    found: Trace, node: Any, argument: str, changes: list[tuple[Any, int, int]], certain: Edits
+    module: nn.Module,
+    node: Any,
+    argument: str,
+    changes: list[tuple[Any, int, int]],
+    certain: dict[str, Any],
 ) -> None:
     """A list of sizes that is an attribute as a whole, such as those of a split."""
-    path = executed_by(node)
     names = [a.name for a in node.target._schema.arguments]
     at = names.index(argument)
     old = list(node.args[at] if at < len(node.args) else node.kwargs[argument])
     new = list(old)
     for literal, _, value in changes:
         new[literal.place] = value
-    module = found.model.get_submodule(path or "")
     for name, value in vars(module).items():
-        if isinstance(value, tuple | list) and len(value) > 1 and list(value) == old:
-            certain.setdefault(path or "", {})[name] = new
+        telling = len(old) > 1 or name == argument  # (8,) may be anything, not so (8, 8, 16)
+        if isinstance(value, tuple | list) and telling and list(value) == old:
+            certain[name] = new
 
 
 def executed_by(node: Any) -> str | None:

@@ -1,8 +1,8 @@
 """A model traced once, and the dimensions of every tensor in it.
 
-`torch.export` (non-strict) gives a graph of ATen operations; `secateurs.structure.rules` says
-what each operation means for the dimensions of its tensors. What comes out is a `Trace`: the
-graph, a `Dim` for every dimension of every parameter, buffer and activation, and what the rules
+`torch.export` (non-strict) gives a graph of ATen operations, or several
+(`secateurs.structure.parts`); `secateurs.structure.rules` says what each operation means for the
+dimensions of its tensors. What comes out is a `Trace`: the graphs, a `Dim` for every dimension of every parameter, buffer and activation, and what the rules
 noted on the way.
 """
 
@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from secateurs.errors import InputError, described
 from secateurs.structure.dimensions import Dim, Mismatch, axis, freeze, size_of
+from secateurs.structure.parts import Part, exported, exported_parts
 from secateurs.structure.rules import (
     Dims,
     Notes,
@@ -37,22 +39,25 @@ class Trace:
 
     Attributes:
         model: the traced module.
-        graph: the exported graph, its parameters and buffers being those of `model`.
+        parts: the exported graphs, their parameters and buffers being those of `model`: one, or
+            several where the model cannot be exported as a whole.
         args, kwargs: the example inputs.
         dims: of every node's value.
         tensors: of every parameter and buffer, by canonical name.
         same: other names of a tied tensor -> its canonical name.
         notes: what the rules noted.
+        divided: why the model could not be exported as a whole, if it could not.
     """
 
     model: nn.Module
-    graph: fx.GraphModule
+    parts: list[Part]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dims: dict[fx.Node, Value] = field(default_factory=dict)
     tensors: dict[str, Dims] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
     notes: Notes = field(default_factory=Notes)
+    divided: str | None = None
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -82,23 +87,50 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
         InputError: the model cannot be run, or its code depends on the values of its data.
     """
     args, kwargs = as_call(example_inputs)
+    divided = None
     with traceable(model), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            exported = torch.export.export(model, args, kwargs, strict=False)
-            graph = exported.module(check_guards=False)
+            parts = [exported(model, "", args, kwargs)]
         except Exception as failure:
-            reason = str(failure).strip().splitlines()
-            raise InputError(
-                "model",
-                described(f"{type(model).__name__} that cannot be traced"),
-                "a model that torch.export takes with these inputs "
-                f"({type(failure).__name__}: {reason[0] if reason else ''})",
-            ) from failure
-    found = Trace(model, graph, args, kwargs)
+            first_line = (str(failure).strip().splitlines() or [""])[0]
+            divided = f"{type(failure).__name__}: {first_line}"
+            parts = _divided(model, args, kwargs, divided)
+    found = Trace(model, parts, args, kwargs, divided=divided)
     _name_tensors(found)
-    walk(found, graph.graph, graph)
+    passing: dict[int, Value] = {}
+    for part in parts:
+        walk(found, part, passing)
+    _freeze_unused(found)
     return found
+
+
+def _divided(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str
+) -> list[Part]:
+    try:
+        parts = exported_parts(model, args, kwargs)
+    except Exception as failure:
+        raise InputError(
+            "example_inputs", described(f"inputs on which {type(model).__name__} fails"),
+            f"inputs of a forward pass ({type(failure).__name__}: {failure})",
+        ) from failure  # fmt: skip
+    if not parts:
+        raise InputError(
+            "model", described(f"{type(model).__name__} that cannot be traced"),
+            f"a model that torch.export takes with these inputs ({reason})",
+        )  # fmt: skip
+    return parts
+
+
+def outputs_of(found: Trace, module: nn.Module) -> Any:
+    """What `module` gives for the example inputs; random draws are the same at every call."""
+    args, kwargs = tree_map(
+        lambda x: x.clone() if isinstance(x, Tensor) else x, (found.args, found.kwargs)
+    )
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return module(*args, **kwargs)
 
 
 @contextmanager
@@ -131,48 +163,42 @@ def _name_tensors(found: Trace) -> None:
             found.tensors[name] = [axis(n) for n in tensor.shape]
 
 
-def walk(found: Trace, graph: fx.Graph, owner: nn.Module, given: list[Value] | None = None) -> Any:
-    """Apply the rules to a graph in its order; the dimensions of what it returns.
+def walk(found: Trace, part: Part, passing: dict[int, Value]) -> None:
+    """Apply the rules to the graph of a part, in its order.
 
     Args:
-        owner: module that the graph's attributes belong to.
-        given: dimensions of its placeholders, for a graph inside another.
+        passing: dimensions of tensors that go from part to part, by number.
     """
-    result: Any = None
-    inputs = iter(given or [])
-    for node in graph.nodes:
+    received = iter(part.received)
+    for node in part.graph.graph.nodes:
         if node.op == "placeholder":
-            value = node.meta.get("val")
-            found.dims[node] = next(inputs) if given else frozen_like(value, "an input")
+            known = passing.get(next(received, None))  # type: ignore[arg-type]
+            frozen = frozen_like(node.meta.get("val"), "an input")
+            found.dims[node] = frozen if known is None else known
         elif node.op == "get_attr":
-            found.dims[node] = _attribute(found, node, owner)
+            found.dims[node] = _attribute(found, part, node)
         elif node.op == "call_function":
-            found.dims[node] = _operation(found, node, owner)
+            found.dims[node] = _operation(found, node)
         elif node.op == "output":
-            result = fx.map_arg(node.args[0], found.dims.get)
-            if given is None:
-                _freeze_outputs(found, node)
-    return result
+            _leave(found, node, part, passing)
 
 
-def _attribute(found: Trace, node: fx.Node, owner: nn.Module) -> Value:
+def _attribute(found: Trace, part: Part, node: fx.Node) -> Value:
     name = found.same.get(str(node.target))
     if name is not None:
         return found.tensors[name]
-    value: Any = owner
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
+    value: Any = part.graph
+    for step in str(node.target).split("."):
+        value = getattr(value, step)
     return frozen_like(value, "a constant")
 
 
-def _operation(found: Trace, node: fx.Node, owner: nn.Module) -> Value:
+def _operation(found: Trace, node: fx.Node) -> Value:
     name = op_name(node)
     if name == "getitem":
         whole, place = node.args
         value = found.dims.get(whole)  # type: ignore[arg-type]
         return value[place] if isinstance(value, tuple) else None
-    if name.startswith("wrap_with") or name in ("wrap", "checkpoint"):
-        return _inlined(found, node, owner)
     value = node.meta.get("val")
     operands = [found.dims.get(n) for n in node.all_input_nodes]
     if not isinstance(value, Tensor | list | tuple):
@@ -201,22 +227,32 @@ def _check(dims: Value, value: Any) -> None:
         raise Mismatch(f"sizes {[size_of(d) for d in dims]} for a tensor of {list(value.shape)}")
 
 
-def _inlined(found: Trace, node: fx.Node, owner: nn.Module) -> Value:
-    """An operation that runs a graph of its own, such as an autocast region."""
-    for place, argument in enumerate(node.args):
-        if isinstance(argument, fx.Node) and argument.op == "get_attr":
-            inner = getattr(owner, str(argument.target), None)
-            if isinstance(inner, fx.GraphModule):
-                given = [found.dims.get(a) for a in node.args[place + 1 :]]  # type: ignore[arg-type]
-                return walk(found, inner.graph, inner, given)
-    return frozen_like(node.meta.get("val"), op_name(node))
-
-
-def _freeze_outputs(found: Trace, node: fx.Node) -> None:
-    for source in node.all_input_nodes:
-        for dims in flat([found.dims.get(source)]):
-            for dim in dims:
+def _leave(found: Trace, node: fx.Node, part: Part, passing: dict[int, Value]) -> None:
+    """Freeze what a part gives, but for tensors that go into other parts only."""
+    gave = iter(part.gave)
+    for source in tree_leaves(node.args[0]):
+        number = next(gave, None)
+        dims = found.dims.get(source) if isinstance(source, fx.Node) else None
+        if number is not None:
+            passing[number] = dims
+            continue
+        for own in flat([dims]):
+            for dim in own:
                 freeze(dim, "an output")
+
+
+def _freeze_unused(found: Trace) -> None:
+    """Freeze the tensors that no graph reads: what they belong to is not known."""
+    read = {
+        found.same.get(str(node.target))
+        for part in found.parts
+        for node in part.graph.graph.nodes
+        if node.op == "get_attr" and node.users
+    }
+    for name, dims in found.tensors.items():
+        if name not in read:
+            for dim in dims:
+                freeze(dim, "not used in the traced forward")
 
 
 def dim_of(found: Trace, tensor: str, place: int) -> Dim:

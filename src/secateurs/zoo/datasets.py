@@ -194,6 +194,9 @@ def load_data(spec: str) -> Data:
                          split 80/20; ``size=224``, ``limit``
     ``hf:NAME``          of the Hugging Face hub, its cache, or a local folder; see
                          `secateurs.zoo.hub_data`
+    ``photographs``      crops of photographs that scikit-image ships, without labels: agreement
+                         with a dense classifier (`secateurs.zoo.photographs`)
+    ``topics``           retrieval over Python's manual (`secateurs.zoo.retrieval`)
     ``text:PATH``        a text file or folder of ``.txt`` files; ``block=128``, ``level=byte``
                          or ``char``
     ``python:MODULE:F``  what a function returns: a Task, `Data`, or (train, test) data sets
@@ -250,12 +253,26 @@ def _python(spec: Spec, options: Options) -> Data:
     return data_from(imported_function(spec, "data")(), spec.text)
 
 
+def _photographs(spec: Spec, options: Options) -> Data:
+    from secateurs.zoo.photographs import photographs
+
+    return photographs(spec, options)
+
+
+def _topics(spec: Spec, options: Options) -> Data:
+    from secateurs.zoo.retrieval import topics
+
+    return topics(spec, options)
+
+
 _KINDS: Mapping[str, Callable[[Spec, Options], Data]] = {
     "digits": _digits,
     "fashion-mnist": _fashion_mnist,
     "imagefolder": _image_folder,
     "hf": _hub,
     "text": _text,
+    "photographs": _photographs,
+    "topics": _topics,
     "python": _python,
 }
 

@@ -57,6 +57,7 @@ def load_model(
     ``zoo:NAME``              `secateurs.zoo.networks`; options ``width``, ``init`` and its own
     ``torchvision:NAME``      its classification networks, fresh weights
     ``timm:NAME``             all of timm's, fresh weights
+    ``pretrained:NAME``       `secateurs.zoo.pretrained`: weights from ordinary packages
     ``hf:NAME`` or FOLDER     of transformers, with its weights; ``fresh=true`` without them,
                               ``dtype`` (float32)
     ``python:MODULE:F``       the module that F returns, or the model of its Task; F may take
@@ -107,6 +108,8 @@ def has_weights(spec: str) -> bool:
         raise _unknown_kind(parsed)
     if parsed.kind == "hf":
         return parsed.options.get("fresh") != "true"
+    if parsed.kind == "pretrained":
+        return True
     return parsed.kind == "python" and parsed.options.get("trained") == "true"
 
 
@@ -220,6 +223,15 @@ def _timm(spec: Spec, options: Options, data: Data | None) -> ModelSource:
     return _checked(ModelSource(make, None, False, spec.text, _example(data, inputs), make), data)
 
 
+def _pretrained(spec: Spec, options: Options, data: Data | None) -> ModelSource:
+    from secateurs.zoo.pretrained import pretrained
+
+    options.done()
+    found = pretrained(spec.name)
+    inputs = found.example if data is None else data.example
+    return ModelSource(found.make, None, True, spec.text, inputs, found.architecture)
+
+
 def _hub(spec: Spec, options: Options, data: Data | None) -> ModelSource:
     from secateurs.zoo.hub_models import hub_model
 
@@ -265,6 +277,7 @@ _KINDS: dict[str, Callable[[Spec, Options, Data | None], ModelSource]] = {
     "zoo": _zoo,
     "torchvision": _torchvision,
     "timm": _timm,
+    "pretrained": _pretrained,
     "hf": _hub,
     "python": _python,
 }

@@ -38,6 +38,7 @@ from secateurs.errors import InputError, described, require
 from secateurs.method import Pruner
 from secateurs.outcome import Outcome, Promise
 from secateurs.parts.budgets import Budget
+from secateurs.parts.prunable import prunable_parameters
 from secateurs.parts.saliency import Probe, grasp, magnitude, snip, weight_gradient
 from secateurs.registry import Paper, Tags, register
 from secateurs.settings import option
@@ -130,6 +131,7 @@ class StructurallyPruneAnything(Pruner):
     ) -> Outcome:
         if task is None:
             raise InputError("task", None, "a Task: spa traces the model on its example inputs")
+        prunable_parameters(model)  # refuses what has no weights, or NaN in them
         training = model.training
         outcome = Outcome(model=model)
         inputs = self._inputs(task, seed)
