@@ -17,9 +17,9 @@ from secateurs.calibration.moments import Moments, weight_from_matrices, weight_
 from secateurs.calibration.obs import DampedHessian, bundle_costs, damp, remove_columns
 from secateurs.structure.axes import Group, Structure
 from secateurs.structure.dimensions import Kept, kept_indices, size_of, units_of
-from secateurs.structure.oracle import DenseWithZeros
+from secateurs.structure.oracle import DenseWithZeros, interpreted
+from secateurs.structure.parts import Part
 from secateurs.structure.rules import op_name
-from secateurs.structure.trace import traceable
 
 _CONVOLUTIONS: dict[str, Any] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 
@@ -54,13 +54,19 @@ def _columns(layer: nn.Module, channels: Tensor) -> Tensor:
 
 
 class _Consumers(DenseWithZeros):
-    """Runs a graph and meets its consumers: nodes that multiply with a parameter of the model."""
+    """Runs a part and meets its consumers: nodes that multiply with a parameter of the model.
 
-    def __init__(self, structure: Structure, kept: Kept, damping: float) -> None:
-        super().__init__(structure.trace, kept)
-        self.structure, self.damping = structure, damping
+    Args:
+        damping: of the Hessians.
+        notes: of raised damping and of consumers without a solver; all parts write here.
+    """
+
+    def __init__(
+        self, structure: Structure, part: Part, kept: Kept, damping: float, notes: list[str]
+    ) -> None:
+        super().__init__(structure.trace, part, kept)
+        self.structure, self.damping, self.notes = structure, damping, notes
         self.parameters = dict(structure.trace.model.named_parameters())
-        self.notes: list[str] = []
 
     def run_node(self, n: fx.Node) -> Any:
         name = self._weight_of(n)
@@ -99,23 +105,21 @@ class _Consumers(DenseWithZeros):
 
 
 class _Costs(_Consumers):
-    def __init__(self, structure: Structure, damping: float) -> None:
-        super().__init__(structure, {}, damping)
-        self.by_tensor: dict[str, list[Group]] = defaultdict(list)
-        for group in structure.free:
-            for name, place in group.slices:
-                if place == 1:
-                    self.by_tensor[name].append(group)
-        self.costs: dict[str, list[Tensor]] = defaultdict(list)
+    """Enters into `costs` what the removal of each unit costs each consumer."""
+
+    costs: dict[str, list[Tensor]]
+
+    def _groups(self, name: str) -> list[Group]:
+        return [g for g in self.structure.free if (name, 1) in g.slices]
 
     def _wanted(self, name: str) -> bool:
-        return bool(self.by_tensor.get(name))
+        return bool(self._groups(name))
 
     def _meet(self, name: str, layer: nn.Module, inputs: Tensor) -> None:
         hessians = self._hessians(layer, inputs, name)
         matrices = weight_matrices(layer).detach()
         dim = self.found.tensors[name][1]
-        for group in self.by_tensor[name]:
+        for group in self._groups(name):
             owner = torch.from_numpy(units_of(dim, group.axis))
             bundles = [
                 _columns(layer, (owner == u).nonzero().view(-1)).tolist() for u in range(group.size)
@@ -127,9 +131,9 @@ class _Costs(_Consumers):
 
 
 class _Compensation(_Consumers):
-    def __init__(self, structure: Structure, kept: Kept, damping: float) -> None:
-        super().__init__(structure, kept, damping)
-        self.done: set[str] = set()
+    """Adapts the weights of the consumers, each once, and enters their names into `done`."""
+
+    done: set[str]
 
     def _wanted(self, name: str) -> bool:
         dim = self.found.tensors[name][1]
@@ -164,10 +168,16 @@ def removal_costs(
     Returns:
         Group -> costs of its units by consumer; and notes of raised damping.
     """
-    interpreter = _Costs(structure, damping)
-    with traceable(structure.trace.model), torch.no_grad():
-        interpreter.run(*structure.trace.args, **structure.trace.kwargs)
-    return dict(interpreter.costs), interpreter.notes
+    costs: dict[str, list[Tensor]] = defaultdict(list)
+    notes: list[str] = []
+
+    def interpreter(part: Part) -> DenseWithZeros:
+        made = _Costs(structure, part, {}, damping, notes)
+        made.costs = costs
+        return made
+
+    interpreted(structure.trace, interpreter)
+    return dict(costs), notes
 
 
 def compensate(structure: Structure, kept: Kept, damping: float = 0.01) -> list[str]:
@@ -180,7 +190,13 @@ def compensate(structure: Structure, kept: Kept, damping: float = 0.01) -> list[
     Returns:
         Notes: raised damping, consumers without a solver.
     """
-    interpreter = _Compensation(structure, kept, damping)
-    with traceable(structure.trace.model), torch.no_grad():
-        interpreter.run(*structure.trace.args, **structure.trace.kwargs)
-    return interpreter.notes
+    notes: list[str] = []
+    done: set[str] = set()
+
+    def interpreter(part: Part) -> DenseWithZeros:
+        made = _Compensation(structure, part, kept, damping, notes)
+        made.done = done
+        return made
+
+    interpreted(structure.trace, interpreter)
+    return notes

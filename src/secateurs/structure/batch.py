@@ -13,15 +13,16 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from secateurs.structure.parts import exported
 from secateurs.structure.rewrite import RewrittenGraph
-from secateurs.structure.trace import Trace, export_graph, traceable
+from secateurs.structure.trace import Trace, traceable
 
 
-def free_batch(found: Trace, graph: RewrittenGraph) -> bool:
-    """Let `graph`, a rewriting of `found.graph`, take batches of any size.
+def free_batch(found: Trace, graph: nn.Module) -> bool:
+    """Let `graph`, a rewriting of the graph of `found`, take batches of any size.
 
     Args:
         found: its model must have its dense weights.
@@ -30,12 +31,12 @@ def free_batch(found: Trace, graph: RewrittenGraph) -> bool:
         Whether that was possible; if not, the graph is left as it is.
     """
     size = _batch(found)
-    if size is None:
+    if size is None or found.divided or not isinstance(graph, RewrittenGraph):
         return False
     other = _with_one_more(found, size)
     if other is None:
         return False
-    nodes = list(found.graph.graph.nodes), list(other.graph.nodes), list(graph.graph.nodes)
+    nodes = list(found.parts[0].graph.graph.nodes), list(other.graph.nodes), list(graph.graph.nodes)
     if len({len(n) for n in nodes}) != 1:
         return False
     changes: list[tuple[fx.Node, list[int]]] = []
@@ -69,7 +70,7 @@ def _with_one_more(found: Trace, size: int) -> fx.GraphModule | None:
     with traceable(found.model), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            return export_graph(found.model, args, kwargs)
+            return exported(found.model, "", args, kwargs).graph
         except Exception:  # the model takes no other batch
             return None
 

@@ -13,6 +13,7 @@ on the kept units alone.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,9 +35,14 @@ def expected_outputs(found: Trace, kept: Kept) -> Any:
         found: a trace whose model still has its dense weights.
         kept: units that stay, by axis.
     """
-    zeroed = {part.path: _Interpreted(DenseWithZeros(found, part, kept)) for part in found.parts}
+    return interpreted(found, lambda part: DenseWithZeros(found, part, kept))
+
+
+def interpreted(found: Trace, interpreter: Callable[[Part], DenseWithZeros]) -> Any:
+    """What the model gives for the example inputs when an interpreter runs each of its parts."""
+    own = {part.path: _Interpreted(interpreter(part)) for part in found.parts}
     with traceable(found.model):
-        return outputs_of(found, replaced(found.model, zeroed))
+        return outputs_of(found, replaced(found.model, own))
 
 
 class _Interpreted(nn.Module):

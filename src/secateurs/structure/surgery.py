@@ -116,7 +116,7 @@ def _shortened(found: Trace, units: Kept, expected: Any, dense: Mapping[str, Ten
     return Shortened(found.model, "module", slices, edits, gap, notes)
 
 
-def _free_batch(found: Trace, graph: RewrittenGraph, dense: Mapping[str, Tensor]) -> bool:
+def _free_batch(found: Trace, graph: nn.Module, dense: Mapping[str, Tensor]) -> bool:
     """`free_batch`, with the dense weights in the model meanwhile."""
     tensors = current_tensors(found)
     shortened = {name: tensor.data for name, tensor in tensors.items()}
