@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,10 +43,16 @@ def calibration_inputs(
     return head(joined(found), samples)
 
 
-def noise_like(example: Any, samples: int, seed: int) -> Any:
-    """`samples` inputs of uniform noise, over the range of the values of an example.
+def noise_like(
+    example: Any, samples: int, seed: int, law: Literal["natural", "uniform"] = "natural"
+) -> Any:
+    """`samples` inputs of noise, within the range of the values of an example.
 
-    Integers (tokens) are drawn from 0 to the largest of the example.
+    Args:
+        law: ``uniform``: every value by itself. ``natural``: images (N, C, H, W) whose amplitude
+            falls with the spatial frequency f as 1/f and whose channels are correlated, as those
+            of photographs; the standard deviation is a quarter of the range. Other inputs are
+            uniform under both; integers (tokens) from 0 to the largest of the example.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -63,10 +69,30 @@ def noise_like(example: Any, samples: int, seed: int) -> Any:
             return torch.randint(top, shape, generator=generator).to(value)
         low, high = float(value.min()), float(value.max())
         require(low < high, "task.example_inputs", described("constant values"), "a real sample")
+        if law == "natural" and len(shape) == 4:
+            waves = natural_noise(shape, generator) * (high - low) / 4 + (high + low) / 2
+            return waves.clamp(low, high).to(value)
         noise = torch.rand(shape, generator=generator) * (high - low) + low
         return noise.to(value)
 
     return drawn(example)
+
+
+SHARED_COLOUR = 0.9
+"""Share of a pixel's variance that the channels of a photograph have in common."""
+
+
+def natural_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """(N, C, H, W) of mean 0 and deviation 1 an image, amplitudes falling as 1/f."""
+    height, width = shape[2:]
+    down, across = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
+    frequency = (down.square() + across.square()).sqrt().clamp_min(1 / max(height, width))
+    common = torch.randn(shape[0], 1, height, width, generator=generator)
+    own = torch.randn(shape, generator=generator)
+    white = SHARED_COLOUR**0.5 * common + (1 - SHARED_COLOUR) ** 0.5 * own
+    waves = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(height, width))
+    waves = waves - waves.mean((1, 2, 3), keepdim=True)
+    return waves / waves.std((1, 2, 3), keepdim=True)
 
 
 def joined(batches: list[Any]) -> Any:

@@ -18,8 +18,8 @@ the lowest units of all groups go until the budget is met. Three times:
 
 Where card and paper are silent: the paper's graph is ONNX, ours is torch.export's; the text on
 CroP (Rachwan et al., ICML 2022) could not be reached, so it is |θ · Hg|, the magnitude of
-GraSP's score. The noise law is uniform over the range of the example inputs. A unit's OBS score
-is normalised inside its group like every other; `normalize="none"` compares the costs themselves.
+GraSP's score. The card's noise is uniform over the input range; on photographs it leaves deep
+layers with statistics they never see, so the default has the spectrum of natural images.
 """
 
 from __future__ import annotations
@@ -95,6 +95,9 @@ class StructurallyPruneAnything(Pruner):
     batches: int = option(1, "training batches for scores that need gradients", "batches")
     inputs: str = option(
         "training", "of OBSPA: training (ID), noise (no data), or the name of a data set (OOD)"
+    )
+    noise: Literal["natural", "uniform"] = option(
+        "natural", "of OBSPA without data: images with the spectrum of photographs, or white ones"
     )
     samples: int = option(128, "of OBSPA: inputs to take second moments of", "samples")
     damping: float = option(0.01, "of OBSPA: share of the mean diagonal added to the Hessian")
@@ -173,7 +176,7 @@ class StructurallyPruneAnything(Pruner):
         if self.when != "no-training":
             return task.example_inputs
         if self.inputs == "noise":
-            return noise_like(task.example_inputs, self.samples, seed)
+            return noise_like(task.example_inputs, self.samples, seed, self.noise)
         if self.inputs == "training":
             return calibration_inputs(task.training_loader(), self.samples, seed, task.unpack)
         from secateurs.zoo.datasets import load_data
