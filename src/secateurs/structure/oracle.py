@@ -12,6 +12,7 @@ on the kept units alone.
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -40,20 +41,12 @@ def expected_outputs(found: Trace, kept: Kept) -> Any:
 
 def interpreted(found: Trace, interpreter: Callable[[Part], DenseWithZeros]) -> Any:
     """What the model gives for the example inputs when an interpreter runs each of its parts."""
-    own = {part.path: _Interpreted(interpreter(part)) for part in found.parts}
+    own: dict[str, nn.Module] = {}
+    for part in found.parts:
+        own[part.path] = module = copy.copy(found.model.get_submodule(part.path))
+        module.forward = interpreter(part).run  # type: ignore[method-assign]
     with traceable(found.model):
         return outputs_of(found, replaced(found.model, own))
-
-
-class _Interpreted(nn.Module):
-    """Runs an interpreter in place of the module that was exported."""
-
-    def __init__(self, interpreter: DenseWithZeros) -> None:
-        super().__init__()
-        self.interpreter = interpreter
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.interpreter.run(*args, **kwargs)
 
 
 class DenseWithZeros(fx.Interpreter):

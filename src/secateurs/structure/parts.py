@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export._tree_utils import reorder_kwargs
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from secateurs.structure.rules import op_name
 
@@ -34,6 +34,7 @@ class Part:
     Attributes:
         path: of the submodule; empty for the whole model.
         graph: its operations; attributes are named as in the whole model.
+        example: what went in, in the order of the graph's placeholders.
         received, gave: numbers of the tensors that went in and came out, in the order of the
             graph's placeholders and outputs; the same number is the same tensor. Only those
             that pass from part to part have one, others are None.
@@ -41,8 +42,48 @@ class Part:
 
     path: str
     graph: fx.GraphModule
+    example: list[Any] = field(default_factory=list)
     received: list[int | None] = field(default_factory=list)
     gave: list[int | None] = field(default_factory=list)
+
+
+@contextmanager
+def fed(model: nn.Module, parts: Sequence[Part]) -> Iterator[list[Any]]:
+    """While the model runs, give its parts what they received when they were exported.
+
+    Else a difference of rounding, behind which other boxes are chosen, would look like one of
+    the parts. Only what passes from part to part is what the model computes.
+
+    Yields:
+        What the parts give, but for what they pass on.
+    """
+    outputs: list[Any] = []
+    handles = []
+    for part in parts:
+
+        def before(_: Any, own: Any, named: Any, part: Part = part) -> Any:
+            named = reorder_kwargs(named, part.graph._in_spec)
+            leaves, spec = tree_flatten((own, named))
+            sides = zip(leaves, part.example, part.received, strict=True)
+            fixed = [_copied(old) if number is None else new for new, old, number in sides]
+            return tree_unflatten(fixed, spec)
+
+        def after(_: Any, __: Any, result: Any, part: Part = part) -> None:
+            leaves = zip(tree_leaves(result), part.gave, strict=True)
+            outputs.extend(x for x, number in leaves if number is None)
+
+        module = model.get_submodule(part.path)
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 class Located(nn.Module):
@@ -129,10 +170,15 @@ def _calls(model: nn.Module, args: Any, kwargs: Any) -> dict[str, list[Call]]:
     return calls
 
 
-class _Outside:
-    """Which tensors the code between the parts touches, be it for their shape only."""
+class _Outside(TorchDispatchMode):
+    """Which tensors the operations between the parts touch.
+
+    That this code reads their sizes does not count: it cannot go unnoticed, because the
+    shortened model is run.
+    """
 
     def __init__(self) -> None:
+        super().__init__()
         self.depth = 0
         self.touched: set[int] = set()
         self.alive: list[Any] = []
@@ -143,24 +189,8 @@ class _Outside:
             self.touched.update(map(id, found))
             self.alive += found
 
-
-class _Functions(TorchFunctionMode):
-    def __init__(self, outside: _Outside) -> None:
-        super().__init__()
-        self.outside = outside
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.outside.note((args, kwargs))
-        return func(*args, **(kwargs or {}))
-
-
-class _Dispatched(TorchDispatchMode):
-    def __init__(self, outside: _Outside) -> None:
-        super().__init__()
-        self.outside = outside
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.outside.note((args, kwargs))
+        self.note((args, kwargs))
         return func(*args, **(kwargs or {}))
 
 
@@ -177,6 +207,7 @@ def _connected(model: nn.Module, parts: list[Part], args: Any, kwargs: Any) -> l
             order.append(part)
             named = reorder_kwargs(named, part.graph._in_spec)
             leaves[part] = (tree_leaves((own, named)), [])
+            part.example = [_copied(x) for x in leaves[part][0]]
 
         def after(_: Any, __: Any, result: Any, part: Part = part) -> None:
             outside.depth -= 1
@@ -186,7 +217,7 @@ def _connected(model: nn.Module, parts: list[Part], args: Any, kwargs: Any) -> l
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after))
     try:
-        with _Functions(outside), _Dispatched(outside):
+        with outside:
             result = model(*args, **kwargs)
     finally:
         for handle in handles:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from secateurs.errors import InputError, described
 from secateurs.structure.axes import Structure
-from secateurs.structure.dimensions import Kept
+from secateurs.structure.dimensions import Axis, Kept, shortened_size, size_of
+from secateurs.structure.rules import flat
 from secateurs.structure.surgery import Shortened, apply_edits, shorten, slice_tensor
 from secateurs.structure.trace import named_tensors, trace
 
@@ -25,16 +26,31 @@ Plan = dict[str, Any]
 def plan_of(structure: Structure, kept: Kept, made: Shortened) -> Plan:
     """What `rebuild` needs: form, kept units by axis, and how tensors and attributes changed."""
     names = {g.axis: g.name for g in structure.values()}
+    # an axis may be chosen whole: nothing to be said of it
+    kept = {a: units for a, units in kept.items() if len(units) < a.size}
     found = structure.trace
     return {
         "form": made.form,
         "axes": {names[a]: [int(i) for i in units] for a, units in kept.items()},
+        "sizes": sorted(_size_changes(structure, kept)),
         "tensors": {
             n: {str(p): i for p, i in places.items()} for n, places in made.tensors.items()
         },
         "edits": made.edits,
         "inputs": describe((list(found.args), found.kwargs)),
     }
+
+
+def _size_changes(structure: Structure, kept: Kept) -> set[tuple[int, int]]:
+    """(before, after) of every dimension in the traced model that changes."""
+
+    def count(axis: Axis) -> int:
+        return len(kept[axis]) if axis in kept else axis.size
+
+    found = structure.trace
+    dims = {d for v in (*found.tensors.values(), *flat(found.dims.values())) for d in v}
+    sizes = {(size_of(d), shortened_size(d, count)) for d in dims}
+    return {(before, after) for before, after in sizes if before != after}
 
 
 def rebuild(model: nn.Module, plans: list[Plan]) -> nn.Module:

@@ -106,7 +106,7 @@ def _rewritten(
     root = nn.Module()
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):
-            _carry(found, part, str(node.target), root, tensors)
+            node.target = _carry(found, part, str(node.target), root, tensors)
     return RewrittenGraph(root, graph)
 
 
@@ -125,23 +125,25 @@ def _set_argument(node: fx.Node, argument: str, place: int | None, value: int) -
 
 
 def _carry(
-    found: Trace, part: Part, target: str, root: nn.Module, tensors: Mapping[str, Tensor]
-) -> None:
-    """Put the attribute that a node reads into `root`."""
+    found: Trace, part: Part, full: str, root: nn.Module, tensors: Mapping[str, Tensor]
+) -> str:
+    """Put the attribute that a node reads into `root`; its name there."""
+    target = full.removeprefix(f"{part.path}.") if part.path else full
     *path, last = target.split(".")
     owner = root
     for step in path:
         if not hasattr(owner, step):
             owner.add_module(step, nn.Module())
         owner = getattr(owner, step)
-    canonical = found.same.get(target)
-    value: Any = tensors[canonical] if canonical is not None else _attribute(part.graph, target)
+    canonical = found.same.get(full)
+    value: Any = tensors[canonical] if canonical is not None else _attribute(part.graph, full)
     if isinstance(value, nn.Parameter):
         owner.register_parameter(last, value)
     elif isinstance(value, Tensor):
         owner.register_buffer(last, value, persistent=canonical is not None)
     else:
         setattr(owner, last, value)
+    return target
 
 
 def _attribute(graph: fx.GraphModule, target: str) -> Any:

@@ -242,6 +242,8 @@ def broadcast(tensors: Sequence[Dims], sizes: Sequence[int]) -> Dims:
     "nan_to_num", "erf", "remainder", "addcmul", "addcdiv", "exponential", "requires_grad", "data",
     "hardswish", "hardsigmoid", "hardshrink", "softshrink", "elu", "leaky_relu", "silu", "clamp_min",
     "clamp_max", "__xor__", "softsign", "abs", "square", "float",
+    "floor_divide", "divide", "true_divide", "multiply", "subtract", "negative", "absolute", "clip",
+    "real", "imag", "conj", "resolve_conj", "resolve_neg", "greater", "less", "not_equal",
 )  # fmt: skip
 def pointwise(at: Site) -> Value:
     """Element by element: dimensions are unified where they are not broadcast."""
@@ -359,6 +361,21 @@ def grouped_matmul(at: Site) -> Value:
     freeze(right[0], "experts of a router")
     at.work([*left, right[-1]])
     return [*left[:-1], right[-1]]
+
+
+@rule("outer", "ger")
+def outer(at: Site) -> Value:
+    (left,), (right,) = at.tensors()
+    return [left, right]
+
+
+@rule("cdist")
+def cdist(at: Site) -> Value:
+    """Distances (..., P, R) of the rows of (..., P, M) and (..., R, M)."""
+    left, right = at.dims("x1"), at.dims("x2")
+    unify(left[-1], right[-1])
+    at.statistic("x1", [len(left) - 1])
+    return [*broadcast([left[:-2], right[:-2]], at.out[:-2]), left[-2], right[-2]]
 
 
 @rule("einsum")
@@ -488,7 +505,9 @@ def softmax(at: Site) -> Value:
 
 
 @rule("cumsum", "cumprod", "flip", "roll", "sort", "argsort", "topk", "argmax", "argmin", "max",
-      "min", "diff", "median", "cummax", "tril", "triu", "fft_fft", "unfold", "kthvalue")  # fmt: skip
+      "min", "diff", "median", "cummax", "tril", "triu", "unfold", "kthvalue",
+      *(f"fft_{inverse}{real}fft{of}" for inverse in ("", "i") for real in ("", "r")
+        for of in ("", "2", "n")))  # fmt: skip
 def along(at: Site) -> Value:
     """Operations in which places along a dimension matter: it is frozen, the others pass."""
     dims = at.dims("self")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -211,15 +211,14 @@ def _resize(found: Trace, units: Kept, wanted: Any) -> Edits | None:
     """Set the attributes of the modules until the model gives `wanted`; None if none does."""
     certain, ambiguous = _candidates(found, units)
     choices = list(ambiguous)
-    options = [[None, *sorted({c for _, c in ambiguous[k]})] for k in choices]
-    tried = itertools.islice(_combinations(options), TRIES)
-    for chosen in tried:
+    options = [_choices(sorted({name for _, name in ambiguous[k]})) for k in choices]
+    for chosen in itertools.islice(_combinations(options), TRIES):
         edits: Edits = defaultdict(dict)
         for path, changes in certain.items():
             edits[path].update(changes)
-        for key, only in zip(choices, chosen, strict=True):
+        for key, names in zip(choices, chosen, strict=True):
             for path, attribute in ambiguous[key]:
-                if only is None or attribute == only:
+                if attribute in names:
                     edits[path][attribute] = key[-1]
         old = apply_edits(found.model, edits)
         try:
@@ -232,15 +231,24 @@ def _resize(found: Trace, units: Kept, wanted: Any) -> Edits | None:
     return None
 
 
-def _combinations(options: list[list[Any]]) -> Any:
-    """All first choices, then one choice at a time, then all together."""
+def _choices(names: list[str]) -> list[tuple[str, ...]]:
+    """Attributes that may be meant by a size: all that equal it, none (it follows from a shape),
+    or one of them."""
+    single = [(name,) for name in names] if len(names) > 1 else []
+    return [tuple(names), (), *single]
+
+
+def _combinations(options: list[list[Any]]) -> Iterator[tuple[Any, ...]]:
+    """All first choices; each size by itself otherwise; then everything."""
     first = tuple(o[0] for o in options)
-    yield first
-    seen = {first}
-    for chosen in itertools.product(*options):
-        if chosen not in seen:
-            seen.add(chosen)
-            yield chosen
+    likely = [
+        (*first[:place], other, *first[place + 1 :])
+        for place, own in enumerate(options)
+        for other in own[1:]
+    ]
+    seen = {first, *likely}
+    yield from [first, *likely]
+    yield from (chosen for chosen in itertools.product(*options) if chosen not in seen)
 
 
 def apply_edits(model: nn.Module, edits: Edits) -> Edits:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from secateurs.errors import InputError, described
 from secateurs.structure.dimensions import Dim, Mismatch, axis, freeze, size_of
-from secateurs.structure.parts import Part, exported, exported_parts
+from secateurs.structure.parts import Part, exported, exported_parts, fed
 from secateurs.structure.rules import (
     Dims,
     Notes,
@@ -124,13 +124,20 @@ def _divided(
 
 
 def outputs_of(found: Trace, module: nn.Module) -> Any:
-    """What `module` gives for the example inputs; random draws are the same at every call."""
+    """What `module` gives for the example inputs; random draws are the same at every call.
+
+    For a model that was exported in parts: what the parts give.
+    """
     args, kwargs = tree_map(
         lambda x: x.clone() if isinstance(x, Tensor) else x, (found.args, found.kwargs)
     )
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return module(*args, **kwargs)
+        if found.divided is None:
+            return module(*args, **kwargs)
+        with fed(module, found.parts) as outputs:
+            module(*args, **kwargs)
+        return outputs
 
 
 @contextmanager

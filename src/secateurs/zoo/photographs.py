@@ -6,16 +6,18 @@ dense one. The dense network's own logits on a crop are its target.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateurs.errors import InputError, described, require
-from secateurs.task import Metric, Task
+from secateurs.parts.costs import device_of, evaluating
+from secateurs.task import Metric, Task, logits_of
 from secateurs.zoo.datasets import Data, TensorData, as_fetched
 from secateurs.zoo.pretrained import lite0_pixels, package_folder, pretrained
 from secateurs.zoo.specs import Options, Spec
@@ -24,6 +26,9 @@ PHOTOGRAPHS = (
     "astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg",
     "china.jpg", "flower.jpg",
 )  # fmt: skip
+
+CLASSIFIERS = ("efficientnet-lite0",)
+"""Of `secateurs.zoo.pretrained`: those that answer what is on a photograph."""
 
 
 def read_photograph(name: str) -> Tensor:
@@ -66,10 +71,10 @@ def crops_of(image: Tensor, count: int, size: int, generator: torch.Generator) -
 def photographs(spec: Spec, options: Options) -> Data:
     """Crops with the logits of a dense classifier, for `agreement`.
 
-    Options: ``model``, a name of `secateurs.zoo.pretrained` (efficientnet-lite0); ``crops`` of
-    every photograph in either part (24); ``size`` (224); ``seed`` (0).
+    Options: ``model``, one of `CLASSIFIERS`; ``crops`` of every photograph in either part (24);
+    ``size`` (224); ``seed`` (0). Any other classifier: `answered` and `agreement`.
     """
-    name = options.text("model", "efficientnet-lite0")
+    name = options.text("model", CLASSIFIERS[0], CLASSIFIERS)
     crops, size = options.integer("crops", 24), options.integer("size", 224)
     seed = options.integer("seed", 0, least=0)
     options.done()
@@ -77,47 +82,74 @@ def photographs(spec: Spec, options: Options) -> Data:
     assert size is not None
     assert seed is not None
     require(not spec.name, "data", spec.text, "photographs, without a path")
-    dense = pretrained(name).make()
-    parts = []
-    for part in range(2):
-        generator = torch.Generator().manual_seed(2 * seed + part)
-        images = lite0_pixels(
-            torch.cat([crops_of(read_photograph(p), crops, size, generator) for p in PHOTOGRAPHS])
-        )
-        with torch.no_grad():
-            logits = torch.cat([dense(images[i : i + 32]) for i in range(0, len(images), 32)])
-        if logits.ndim != 2:
-            raise InputError("option model", name, described("a classifier"))
-        parts.append(TensorData(images, logits))
-    train, test = parts
+    answering = pretrained(name).make()
+    train, test = (
+        answered(answering, lite0_pixels(crops_of_all(crops, size, 2 * seed + part)))
+        for part in range(2)
+    )
     data = Data(train, test, (3, size, size), int(test.targets.shape[1]), "classification",
                 spec.text, as_fetched)  # fmt: skip
     loaders = data.loaders(32, seed=seed)
     task = agreement(*loaders, example_inputs=test.inputs[:1])
-    return Data(train, test, data.inputs, data.classes, data.kind, data.name, as_fetched, task)
+    return replace(data, task=task)
+
+
+def crops_of_all(count: int, size: int, seed: int) -> Tensor:
+    """`count` crops of every photograph: (7 count, 3, size, size) in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([crops_of(read_photograph(p), count, size, generator) for p in PHOTOGRAPHS])
+
+
+def answered(dense: nn.Module, inputs: Tensor) -> TensorData:
+    """Inputs with the logits of any dense classifier for targets, for `agreement`.
+
+    Args:
+        dense: called in eval mode on 32 samples at a time, where it is.
+        inputs: (N, ...), as it takes them.
+
+    Raises:
+        InputError: its output is not (N, classes).
+    """
+    device = device_of(dense)
+    with evaluating(dense), torch.no_grad():
+        parts = [logits_of(dense(part.to(device))).cpu() for part in inputs.split(32)]
+    if parts[0].ndim != 2:
+        shown = described(f"outputs of shape {tuple(parts[0].shape)}")
+        raise InputError("dense", shown, "a classifier: logits of shape (N, classes)")
+    return TensorData(inputs, torch.cat(parts))
 
 
 def agreement(train: Any, evaluate: Any, example_inputs: Tensor) -> Task:
     """A task whose targets are the logits of a dense classifier, (N, classes).
 
-    The loss is KL(dense ‖ pruned); ``agreement`` is the share of samples with the same best
-    class. The model is to be filled in.
+    The loss is KL(dense ‖ pruned) of the softmaxes; ``agreement`` is the share of samples with
+    the same best class, ``logit-mse`` the mean squared difference of the logits. The model is to
+    be filled in (`Task.with_model`).
     """
 
-    def loss(output: Tensor, target: Tensor) -> Tensor:
+    def loss(output: Any, target: Tensor) -> Tensor:
         return F.kl_div(
-            output.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean"
+            logits_of(output).log_softmax(-1),
+            target.log_softmax(-1),
+            log_target=True,
+            reduction="batchmean",
         )
 
-    def agrees(output: Tensor, target: Tensor) -> Tensor:
-        return (output.argmax(-1) == target.argmax(-1)).float()
+    def agrees(output: Any, target: Tensor) -> Tensor:
+        return (logits_of(output).argmax(-1) == target.argmax(-1)).float()
+
+    def distance(output: Any, target: Tensor) -> Tensor:
+        return (logits_of(output) - target).square().mean(-1)
 
     return Task(
-        model=torch.nn.Identity(),
+        model=nn.Identity(),
         train=train,
         evaluate=evaluate,
         loss=loss,
-        metrics={"agreement": Metric(agrees)},
+        metrics={
+            "agreement": Metric(agrees),
+            "logit-mse": Metric(distance, higher_is_better=False),
+        },
         example_inputs=example_inputs,
         primary="agreement",
     )

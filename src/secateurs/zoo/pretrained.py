@@ -104,7 +104,9 @@ def all_minilm_l6_v2() -> nn.Module:
 
     stored = load_file(minilm_folder() / "model.safetensors")
     model = all_minilm_l6_v2_architecture()
-    model.bert.load_state_dict({n: t for n, t in stored.items() if not n.startswith("pooler.")})
+    # positions were stored by older versions of transformers; the pooler is not used
+    extra = ("pooler.", "embeddings.position_ids")
+    model.bert.load_state_dict({n: t for n, t in stored.items() if not n.startswith(extra)})
     return model.eval()
 
 

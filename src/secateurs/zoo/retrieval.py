@@ -73,10 +73,10 @@ def similarities(embeddings: Tensor) -> Tensor:
 
 
 def reciprocal_rank(embeddings: Tensor, target: Tensor) -> Tensor:
-    """1 / rank of every query's own document; ties count against it."""
+    """1 / rank of every query's own document; ties, and what is not a number, count against it."""
     cosines = similarities(embeddings)
     own = cosines.gather(1, target[:, None])
-    return 1 / (cosines >= own).sum(1).float()
+    return 1 / (~(cosines < own)).sum(1).float()
 
 
 def recalled(embeddings: Tensor, target: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Real speed: measured latency in several engines, and ONNX in and out."""
