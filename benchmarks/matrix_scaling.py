@@ -4,7 +4,8 @@
 
 The same matrix (two methods, two budgets, several seeds on the digits) in two new folders.
 Bar: at least 1.7 times as fast. Each worker spends its first seconds on importing torch, so the
-matrix must take minutes for the figure to mean anything. The results of the two are compared, too: they are identical.
+matrix must take minutes for the figure to mean anything. The results of the two are compared,
+too: they are identical.
 """
 
 from __future__ import annotations

@@ -110,7 +110,9 @@ def test_costs_and_metrics_are_those_of_before_and_after(task):
     assert outcome.after.nonzero == total - weights * 3 // 4
     assert outcome.before.macs == weights
     assert outcome.after.effective_macs == weights // 4
+    assert outcome.before.latency.median > 0
     assert outcome.after.latency.median > 0
+    assert sc.prune(model, "global-mp", "sparsity=0.75", task).after.latency is None
     assert (outcome.method, outcome.budget, outcome.seed) == ("global-mp", "sparsity=0.75", 0)
     assert outcome.options["count"] == "exact"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,13 @@ def test_every_command_explains_itself(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0
     assert result.output.startswith("Usage:")
+
+
+def test_without_a_command_there_is_the_help() -> None:
+    result = invoke()
+    assert result.exit_code == 0
+    assert result.output == invoke("--help").output
+    assert len(result.output.splitlines()) > 10
 
 
 def test_help_of_prune_lists_every_method() -> None:
@@ -104,9 +112,51 @@ def test_bench_ends_in_a_leaderboard(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     assert len(answer["results"]) == 2
+    assert {row["dense_latency_ms"] for row in answer["results"]} == {None}
     assert answer["leaderboard"][0]["label"] == "global-mp"
     again = json.loads(invoke("resume", tmp_path / "bench", "--json").stdout)
     assert again["results"] == answer["results"]
+
+
+def test_a_bench_times_the_dense_network_beside_each_outcome(tmp_path: Path) -> None:
+    matrix, out = tmp_path / "matrix.yaml", tmp_path / "bench"
+    matrix.write_text(
+        "model: zoo:convnet\ndata: digits\nmethods: [global-mp, rethinking-value]\n"
+        "budgets: [sparsity=0.5]\nbaselines: false\nabout: Read me with care.\n"
+        "training: {epochs: 0.2}\nfinetuning: {epochs: 0.1}\n"
+    )
+    result = invoke("bench", matrix, "--out", out, "--workers", 1)
+    assert result.exit_code == 0, result.output
+    assert "Read me with care." in result.stdout
+    rows = json.loads(invoke("resume", out, "--json").stdout)["results"]
+    for row in rows:
+        for side, key in (("before", "dense_latency_ms"), ("after", "latency_ms")):
+            assert row["timing"][side]["median"] == row[key] > 0
+        assert (out / "cells" / row["cell"] / "recipe.yaml").is_file()
+    page = (out / "report.html").read_text()
+    assert "Read me with care." in page
+    assert "The masked models run" in page
+    assert "not timed" not in page
+
+
+def test_without_the_report_extra_a_run_ends_well_and_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as lacking:
+        for name in ("jinja2", "plotly"):
+            lacking.setitem(sys.modules, name, None)
+        result = invoke(*prune(*DIGITS, *MP, *BUDGET, *QUICK, "--out", out))
+        assert result.exit_code == 0, result.output
+        assert result.stderr.startswith("note    no report without jinja2 and plotly")
+        assert "report  not written" in result.stdout
+        refused = invoke("report", out)
+        assert refused.exit_code == 2
+        assert "secateurs[report]" in refused.stderr
+    assert (out / "outcome" / "outcome.json").is_file()
+    assert not (out / "report.html").exists()
+    assert invoke("report", out).exit_code == 0
+    assert (out / "report.html").is_file()
 
 
 # ---------------------------------------------------------------- refusals
@@ -134,12 +184,25 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write("matrix-method", matrix.replace("gmp", "gpm"))
     write("matrix-budget", matrix.replace("0.9", "9"))
     write("matrix-seeds", matrix + "seeds: 0\n")
+    write("matrix-negative", matrix + "seeds: -2\n")
+    write("matrix-list", matrix.replace("[gmp]", "gmp"))
+    write("recover", good.replace("train", "prune: {method: gmp, budget: 2:4, recover: maybe}"))
     write("good-matrix", matrix)
     made["full"] = root / "full"
     made["full"].mkdir()
     (made["full"] / "something.txt").write_text("mine")
     made["truncated"] = root / "truncated.safetensors"
     made["truncated"].write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
+    for name, plan, database in (("halved", "{", b""), ("garbled", "{}", b"no database")):
+        folder = made[name] = root / name
+        (folder / "outcome").mkdir(parents=True)
+        (folder / "recipe.yaml").write_text(good)
+        (folder / "environment.json").write_text("{}")
+        (folder / "outcome" / "outcome.json").write_text(plan)
+        made[f"{name}-bench"] = root / f"{name}-bench"
+        made[f"{name}-bench"].mkdir()
+        (made[f"{name}-bench"] / "matrix.yaml").write_text(matrix)
+        (made[f"{name}-bench"] / "bench.sqlite").write_bytes(database)
     made["stranger"] = root / "stranger.safetensors"
     save_file({"other.weight": torch.zeros(2, 2)}, made["stranger"])
     for name, label, cut in (("labels", 77, 0), ("short", 1, 5)):
@@ -285,6 +348,12 @@ CASES: dict[str, tuple[list[object], list[str]]] = {
         ["did you mean 'tensorboard'"],
     ),
     "output folder not empty": (prune(*DIGITS, *MP, *BUDGET, "--out", "{full}"), ["full", "empty"]),
+    "output folder below a file": (
+        prune(*DIGITS, *MP, *BUDGET, "--out", "/dev/null/out"), ["/dev/null/out", "can be made"]
+    ),
+    "seed of more than 64 bits": (
+        prune(*DIGITS, *MP, *BUDGET, "--seed", 10**30), ["seed", "64 bits"]
+    ),
     "recipe that is nowhere": (["run", "{none}"], ["recipe", "nothing-here"]),
     "recipe with a duplicate key": (["run", "{duplicate}"], ["data", "twice"]),
     "recipe with an unknown key": (["run", "{unknown-key}"], ["sead", "did you mean 'seed'"]),
@@ -296,12 +365,19 @@ CASES: dict[str, tuple[list[object], list[str]]] = {
     "matrix with an unknown method": (["bench", "{matrix-method}"], ["did you mean 'gmp'"]),
     "matrix with an impossible budget": (["bench", "{matrix-budget}"], ["sparsity=9"]),
     "matrix without seeds": (["bench", "{matrix-seeds}"], ["seeds", "0"]),
+    "matrix with a negative number of seeds": (["bench", "{matrix-negative}"], ["seeds", "-2"]),
+    "matrix with a method for a list": (["bench", "{matrix-list}"], ["a list of methods"]),
     "benchmark into a full folder": (
         ["bench", "{good-matrix}", "--out", "{full}"], ["full", "empty"]
     ),
     "benchmark without workers": (
         ["bench", "{good-matrix}", "--out", "{root}/b", "--workers", 0], ["workers", "0"]
     ),
+    "recipe with a recovery that is neither": (["run", "{recover}"], ["recover", "maybe"]),
+    "report of a truncated outcome": (["report", "{halved}"], ["outcome.json", "whole JSON"]),
+    "report of a strange outcome": (["report", "{garbled}"], ["outcome.json", "secateurs.save"]),
+    "resume of an empty benchmark": (["resume", "{halved-bench}"], ["bench.sqlite"]),
+    "report of a benchmark that is none": (["report", "{garbled-bench}"], ["bench.sqlite"]),
     "resume of what is no run": (["resume", "{full}"], ["full", "recipe.yaml"]),
     "report of what is no run": (["report", "{none}"], ["nothing-here"]),
     "filter by an unknown unit": (["methods", "--unit", "wheight"], ["did you mean 'weight'"]),

@@ -11,6 +11,7 @@ import secateurs as sc
 from secateurs.errors import InputError
 from secateurs.outcome import Outcome, Promise, load, outcome_folder, save
 from secateurs.parts.masks import Masks
+from secateurs.state import read_tensors, write_tensors
 
 
 def make_net(hidden=12):
@@ -139,6 +140,19 @@ def test_folders_that_hold_no_outcome_are_refused(outcome, tmp_path):
     assert load(run, make_net).method == "gmp"
     with pytest.raises(InputError, match="the dense model or a function"):
         load(run)
+
+
+def test_masks_of_others_are_refused(outcome, tmp_path):
+    folder = save(outcome, tmp_path / "out")
+    packed, _ = read_tensors(folder / "masks.safetensors")
+    write_tensors(folder / "masks.safetensors", packed, {})
+    with pytest.raises(InputError, match=r"masks\.safetensors'; accepted: masks as"):
+        load(folder, make_net)
+
+
+def test_a_place_where_no_folder_can_be_made_is_refused(outcome):
+    with pytest.raises(InputError, match="a place where a folder can be made"):
+        save(outcome, "/dev/null/out")
 
 
 @pytest.mark.parametrize(("plan", "message"), [([], "written by"), ({"versions": 0}, "format up")])

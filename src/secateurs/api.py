@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from secateurs.errors import InputError, require
 from secateurs.method import Method, Procedure, Pruner, TrainingPruner, masked_outcome
 from secateurs.outcome import Outcome, Promise
 from secateurs.parts.budgets import Budget
-from secateurs.parts.costs import measure_cost
+from secateurs.parts.costs import measure_cost, measure_latencies
 from secateurs.parts.masks import Masks
 from secateurs.parts.prunable import fixed_parameters
 from secateurs.registry import create, options_as_dict
@@ -20,6 +21,9 @@ from secateurs.task import Task
 from secateurs.training.keeping import MaskKeeper
 from secateurs.training.loop import fit_once
 from secateurs.workspace import Workspace
+
+if TYPE_CHECKING:
+    from secateurs.structure.axes import Structure
 
 
 def prune(
@@ -83,6 +87,25 @@ def prune(
     return outcome
 
 
+def axes(model: nn.Module, example_inputs: Any) -> Structure:
+    """Every axis of a model that can be shortened, and why the others cannot.
+
+    Args:
+        model: any module that torch.export can trace.
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keywords.
+
+    Returns:
+        A mapping from name to `secateurs.structure.axes.Group`, which prints as a table.
+
+    Raises:
+        InputError: the model cannot be traced.
+    """
+    from secateurs.structure.axes import Structure
+    from secateurs.structure.trace import trace
+
+    return Structure(trace(model, example_inputs))
+
+
 def _run(
     method: Method,
     model: nn.Module,
@@ -95,9 +118,10 @@ def _run(
     match method:
         case Pruner():
             outcome = method.prune(model, budget, task, seed=seed, work=work)
-            if recover and task is not None and task.train is not None:
-                before_training = "PBT" in method.tags.values("when")
-                settings = task.training if before_training else task.finetuning
+            trains = task is not None and task.train is not None and method.time != "PTP"
+            if recover and trains:
+                assert task is not None
+                settings = task.training if method.time == "PBT" else task.finetuning
                 finetune(outcome, task, settings, seed=seed, work=work)
             return outcome
         case TrainingPruner():
@@ -211,14 +235,15 @@ def _measure(outcome: Outcome, dense: nn.Module, task: Task | None, with_latency
     device = next(outcome.model.parameters()).device
     home = next(dense.parameters()).device
     dense.to(device)
-    if outcome.before is None:
-        outcome.before = measure_cost(dense, inputs, with_latency=with_latency)
+    before = outcome.before or measure_cost(dense, inputs)
+    after = outcome.after or measure_cost(outcome.model, inputs, outcome.masks)
+    if with_latency:
+        # also of costs that a procedure counted itself
+        first, second = measure_latencies([dense, outcome.model], inputs)
+        before, after = replace(before, latency=first), replace(after, latency=second)
+    outcome.before, outcome.after = before, after
     if not outcome.metrics_before:
         outcome.metrics_before = task.measure(dense)
     dense.to(home)
-    if outcome.after is None:
-        outcome.after = measure_cost(
-            outcome.model, inputs, outcome.masks, with_latency=with_latency
-        )
     if not outcome.metrics_after:
         outcome.metrics_after = task.measure(outcome.model)

@@ -27,13 +27,17 @@ from secateurs.registry import (
 from secateurs.settings import TrainSettings
 
 MODEL_HELP = (
-    "MODEL: zoo:NAME, torchvision:NAME, timm:NAME, hf:NAME_OR_FOLDER, python:module:function, "
+    "MODEL: zoo:NAME, torchvision:NAME, timm:NAME, pretrained:NAME, hf:NAME_OR_FOLDER, "
+    "FILE.onnx, python:module:function, "
     "the folder of a run or saved outcome, or any of these followed by @FILE.safetensors."
 )
 DATA_HELP = (
     "digits, fashion-mnist[:FOLDER], imagefolder:PATH, hf:NAME, text:PATH, "
-    "python:module:function; options follow a '?', such as fashion-mnist?limit=6000&size=14"
+    "photographs, topics, noise, python:module:function; options follow a '?', such as "
+    "fashion-mnist?limit=6000&size=14"
 )
+
+DEMOS = {"digits": "demo.yaml", "photographs": "demo_photographs.yaml"}
 
 
 def console() -> Console:
@@ -63,10 +67,17 @@ def refuse(reason: str, code: int) -> typing.NoReturn:
     sys.exit(code)
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
-def main() -> None:
+@click.group(
+    cls=Group,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, prog_name="secateurs")
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Prune neural networks by published methods, and see what was won and lost."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 # ---------------------------------------------------------------- options of methods
@@ -236,12 +247,13 @@ def execute_run(run: Any, *, as_json: bool, track: str | None = None) -> None:
     """Run or resume, write the report, and print the result."""
     from secateurs.runs.progress import Tracker
 
+    with_report = can_report()
     tracker = None
     if track and not run.finished:
         tracker = Tracker(track, run.folder.name, run.folder / "tracking", run.recipe.as_dict())
     with listening(as_json, tracker) as listeners:
         outcome = run.execute(listeners)
-    path = write_run_report(run.folder)
+    path = write_run_report(run.folder) if with_report else None
     if as_json:
         click.echo(json.dumps({"run": str(run.folder), **outcome.as_dict()}, default=str))
         return
@@ -253,19 +265,33 @@ def execute_run(run: Any, *, as_json: bool, track: str | None = None) -> None:
     for note in outcome.notes:
         click.echo(f"note    {note}")
     click.echo(f"run     {run.folder}")
-    click.echo(f"report  {path}")
+    click.echo(f"report  {path or 'not written'}")
+
+
+def can_report() -> bool:
+    """Whether a report can be written; if not, says before the work begins what is missing."""
+    from secateurs.report.html import missing_libraries
+
+    missing = missing_libraries()
+    if missing:
+        click.echo(
+            f"note    no report without {' and '.join(missing)}: pip install 'secateurs[report]', "
+            "now or later; then `secateurs report RUN` writes it",
+            err=True,
+        )
+    return not missing
 
 
 def write_run_report(folder: Path) -> Path:
     """The report of a run, from what is in its folder."""
-    from secateurs.outcome import PLAN
+    from secateurs.outcome import PLAN, read_plan
     from secateurs.report.html import write_report
     from secateurs.runs.run import ENVIRONMENT, EVENTS, RECIPE, REPORT, Run
     from secateurs.workspace import read_events
 
     run = Run(folder)
     require(run.finished, "run", str(folder), "a finished run (secateurs resume finishes it)")
-    plan = json.loads((folder / "outcome" / PLAN).read_text())
+    plan = read_plan(folder / "outcome" / PLAN)
     return write_report(
         folder / REPORT,
         title=f"{run.recipe.model} on {run.recipe.data}",
@@ -293,7 +319,7 @@ track_option = click.option("--track", metavar="NAME", help="tensorboard, mlflow
 
 @main.command(cls=MethodCommand)
 @click.argument("model")
-@click.option("--data", required=True, metavar="DATA", help=DATA_HELP)
+@click.option("--data", metavar="DATA", help=DATA_HELP + "; without it, noise")
 @click.option("--method", required=True, metavar="NAME", help="the pruning method, see below")
 @click.option(
     "--budget",
@@ -337,7 +363,7 @@ def prune(**values: Any) -> None:
     stages = stages_for(values["method"], values["budget"], options, fresh=fresh)
     recipe = Recipe(
         model=values["model"],
-        data=values["data"],
+        data=values["data"] or "noise",
         stages=tuple(replace(s, recover=values["recover"]) for s in stages),
         seed=values["seed"],
         batch_size=values["batch_size"],
@@ -403,8 +429,9 @@ def bench(matrix: Path, out: Path | None, workers: int, ray: str | None, as_json
 
 def finish_bench(made: Any, workers: int, ray: str | None, as_json: bool) -> None:
     """Do the jobs that are left, write the report, print the leaderboard."""
+    with_report = can_report()
     do_jobs(made, workers, ray)
-    path = write_bench_report(made)
+    path = write_bench_report(made) if with_report else None
     from secateurs.report.console import leaderboard_table
     from secateurs.report.leaderboard import leaderboard
 
@@ -415,8 +442,10 @@ def finish_bench(made: Any, workers: int, ray: str | None, as_json: bool) -> Non
                                "failures": failures, "bench": str(made.folder)}))  # fmt: skip
     else:
         Console().print(leaderboard_table(board))
+        if made.matrix.about:
+            Console().print(made.matrix.about.strip() + "\n", markup=False, highlight=False)
         click.echo(f"bench   {made.folder}")
-        click.echo(f"report  {path}")
+        click.echo(f"report  {path or 'not written'}")
     for failure in failures:
         click.echo(f"failed  {failure['job']}: {failure['error']}", err=True)
     if failures:
@@ -437,28 +466,31 @@ def do_jobs(made: Any, workers: int, ray: str | None) -> None:
             run_on_ray(made, ray, watch)
 
 
-def write_bench_report(made: Any, **fields: Any) -> Path:
+def write_bench_report(made: Any) -> Path:
     """The report of a benchmark: leaderboard, trade-off, and the best outcome a method."""
-    from secateurs.outcome import PLAN
+    from secateurs.outcome import PLAN, read_plan
     from secateurs.report.html import write_report
     from secateurs.report.leaderboard import leaderboard
     from secateurs.runs.run import environment
 
+    results = made.results()
+    timings = {row["cell"]: row.get("timing", {}) for row in results if "cell" in row}
     plans = []
     for cell in made.matrix.cells:
         path = made.cell_folder(cell.identity) / "outcome" / PLAN
         if path.is_file():
-            plans.append({**json.loads(path.read_text()), "label": cell.label})
+            plan = read_plan(path)
+            for side, latency in timings.get(cell.identity, {}).items():
+                plan[side]["latency"] = latency  # timed after the run, when all were done
+            plans.append({**plan, "label": cell.label})
     return write_report(
         made.folder / "report.html",
-        **{
-            "title": made.matrix.name,
-            "outcomes": plans,
-            "leaderboard": leaderboard(made.results()),
-            "recipe": made.matrix.as_yaml(),
-            "environment": environment(),
-            **fields,
-        },
+        title=made.matrix.name,
+        intro=made.matrix.about,
+        outcomes=plans,
+        leaderboard=leaderboard(results),
+        recipe=made.matrix.as_yaml(),
+        environment=environment(),
     )
 
 
@@ -466,15 +498,27 @@ def write_bench_report(made: Any, **fields: Any) -> Path:
 @click.option(
     "--out", type=click.Path(path_type=Path), default="demo", show_default=True, help="folder"
 )
+@click.option(
+    "--act",
+    type=click.Choice(list(DEMOS)),
+    default="digits",
+    show_default=True,
+    help="what is shown",
+)
 @click.option("--workers", type=int, default=2, show_default=True, help="worker processes")
 @json_option
-def demo(out: Path, workers: int, as_json: bool) -> None:
-    """Train a small network on handwritten digits, prune it to 95 % in five ways, compare."""
+def demo(out: Path, act: str, workers: int, as_json: bool) -> None:
+    """Prune a network in several ways and compare.
+
+    digits: a small network on handwritten digits, pruned to 95 % in five ways. photographs:
+    channels of an ImageNet network removed without training (needs the extras vision and
+    weights).
+    """
     from importlib.resources import files
 
     from secateurs.runs.matrix import Bench, Matrix
 
-    text = files("secateurs.runs").joinpath("demo.yaml").read_text()
+    text = files("secateurs.runs").joinpath(DEMOS[act]).read_text()
     finish_bench(Bench.create(Matrix.parse(text), out), workers, None, as_json)
 
 
@@ -532,7 +576,8 @@ def kind_of(cls: type[Any]) -> str:
 @click.option("--latency", is_flag=True, help="also time a forward pass")
 @json_option
 def inspect(model: str, data: str | None, latency: bool, as_json: bool) -> None:
-    """Show what MODEL is made of: weights that can be pruned, parameters, MACs, bytes."""
+    """Show what MODEL is made of: weights that can be pruned, axes that can be shortened,
+    parameters, MACs, bytes."""
     from secateurs.parts.costs import count_macs, measure_cost
     from secateurs.parts.prunable import prunable_parameters
     from secateurs.zoo.catalog import inspectable
@@ -551,13 +596,48 @@ def inspect(model: str, data: str | None, latency: bool, as_json: bool) -> None:
         for name, p in params.items()
     ]
     cost = measure_cost(net, inputs, masks, with_latency=latency)
+    listing = axes_listing(net, inputs)
     if as_json:
-        click.echo(json.dumps({"model": model, "layers": rows, "cost": cost.as_dict()}))
+        found = {"model": model, "layers": rows, **listing, "cost": cost.as_dict()}
+        click.echo(json.dumps(found))
         return
-    from secateurs.report.console import cost_table, layers_table
+    from secateurs.report.console import axes_table, cost_table, frozen_table, layers_table
 
     Console().print(layers_table(rows))
+    if listing["untraced"]:
+        console().print(f"no axes: {listing['untraced']}")
+    else:
+        Console().print(axes_table(listing["axes"]))
+        Console().print(frozen_table(listing["frozen"]))
     Console().print(cost_table(cost.as_dict()))
+
+
+def axes_listing(model: Any, inputs: Any) -> dict[str, Any]:
+    """The axes of a model as plain values; ``untraced`` says why there are none."""
+    from secateurs.api import axes
+
+    try:
+        structure = axes(model, inputs)
+    except SecateursError as error:
+        return {"axes": [], "frozen": [], "unruled": {}, "untraced": str(error)}
+    free = [
+        {
+            "name": group.name,
+            "role": group.role,
+            "size": group.size,
+            "parameters": group.parameters,
+            "macs": group.macs,
+            "normalized": list(group.normalized),
+            "slices": [list(place) for place in group.slices],
+        }
+        for group in structure.free
+    ]
+    reasons: dict[str, list[str]] = {}
+    for group in structure.values():
+        if group.frozen is not None:
+            reasons.setdefault(group.frozen, []).append(group.name)
+    frozen = [{"reason": r, "axes": len(n), "example": n[0]} for r, n in reasons.items()]
+    return {"axes": free, "frozen": frozen, "unruled": dict(structure.unruled), "untraced": ""}
 
 
 @main.command()
@@ -580,7 +660,7 @@ def report(folder: Path, png: Path | None, as_json: bool) -> None:
 
 def write_plots(folder: Path, target: Path) -> list[Path]:
     """The plots of a run or a benchmark as PNG files."""
-    from secateurs.outcome import PLAN
+    from secateurs.outcome import PLAN, read_plan
     from secateurs.report.figures import layer_bars, to_png, trade_off
     from secateurs.report.leaderboard import leaderboard
     from secateurs.runs.matrix import DATABASE, Bench
@@ -588,7 +668,7 @@ def write_plots(folder: Path, target: Path) -> list[Path]:
     if (folder / DATABASE).is_file():
         board = leaderboard(Bench(folder).results())
         return [to_png(trade_off(board), target / "trade-off.png")]
-    plan = json.loads((folder / "outcome" / PLAN).read_text())
+    plan = read_plan(folder / "outcome" / PLAN)
     return [to_png(layer_bars(plan["layers"]), target / "layers.png")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -58,3 +59,18 @@ def require(condition: bool, argument: str, value: Any, accepted: str) -> None:
     """Raise `InputError` unless `condition` holds."""
     if not condition:
         raise InputError(argument, value, accepted)
+
+
+def library(name: str, extra: str) -> Any:
+    """The module `name` of an optional library.
+
+    Raises:
+        InputError: it is not installed; the extra of secateurs that brings it is named.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        missing = described("none installed")
+        raise InputError(name, missing, f"pip install 'secateurs[{extra}]'") from None

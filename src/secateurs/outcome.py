@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateurs.errors import InputError, described
+from secateurs.errors import InputError, described, require
 from secateurs.parts.costs import Cost
 from secateurs.parts.masks import Masks, named_parameters
 from secateurs.state import read_tensors, write_json, write_tensors
@@ -133,7 +133,6 @@ def save(outcome: Outcome, folder: str | Path) -> Path:
     """
     target = Path(folder)
     check_output_folder(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -152,9 +151,15 @@ def save(outcome: Outcome, folder: str | Path) -> Path:
 
 
 def check_output_folder(folder: Path) -> None:
-    """Raise `InputError` unless `folder` is new or empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError("output folder", str(folder), "a folder that is new or empty")
+    """Raise `InputError` unless `folder` is empty, or new in a place where it can be made."""
+    try:
+        free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder.parent, os.W_OK)
+    except OSError:
+        free, writable = True, False
+    require(free, "output folder", str(folder), "a folder that is new or empty")
+    require(writable, "output folder", str(folder), "a place where a folder can be made")
 
 
 def load(folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None) -> Outcome:
@@ -173,7 +178,7 @@ def load(folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None =
             the model (the first difference is named).
     """
     folder = outcome_folder(Path(folder))
-    plan = _read_plan(folder / PLAN)
+    plan = read_plan(folder / PLAN)
     if model is None:
         model = _model_from_source(plan["source"])
     net = model if isinstance(model, nn.Module) else model()
@@ -184,6 +189,8 @@ def load(folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None =
     weights, _ = read_tensors(folder / WEIGHTS)
     load_weights(net.eval(), weights)
     packed, metadata = read_tensors(folder / MASKS)
+    if "shapes" not in metadata:
+        raise InputError("file", str(folder / MASKS), "masks as secateurs.save writes them")
     masks = Masks.unpack(packed, json.loads(metadata["shapes"]))
     masks.check(named_parameters(net, masks))
     return Outcome(
@@ -232,10 +239,15 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     model.load_state_dict(weights)
 
 
-def _read_plan(path: Path) -> dict[str, Any]:
+def read_plan(path: Path) -> dict[str, Any]:
+    """The plain values of an outcome.
+
+    Raises:
+        InputError: the file is not what `save` wrote, or a newer format.
+    """
     try:
         plan = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError("file", str(path), f"whole JSON ({error})") from None
     if not isinstance(plan, dict) or "versions" not in plan:
         raise InputError("file", str(path), "a plan written by secateurs.save")

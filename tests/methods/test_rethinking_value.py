@@ -14,6 +14,7 @@ import secateurs as sc
 from secateurs.errors import InputError
 from secateurs.methods.networks.rethinking_value import (
     RethinkingValue,
+    drawn_by,
     reinitialize,
     scale_milestones,
     scratch_epochs,
@@ -222,9 +223,47 @@ def test_the_scratch_arm_is_the_mask_with_fresh_weights_trained_alone(task):
 
     outcome = audited(task, arms=["scratch-e"])
     model = copy.deepcopy(outcome.model)
-    reinitialize(model, outcome.masks, seed=mix(0, 201))
+    drawn = task.fresh_model(mix(0, 201))
+    reinitialize(model, outcome.masks, seed=mix(0, 201), drawn=drawn)
     alone = train_masked(model, outcome.masks, task, seed=mix(0, 202))
     assert outcome.history[0]["loss"] == alone.metrics["loss"]
+
+
+def test_scratch_weights_are_drawn_as_the_large_networks_were(task):
+    """A family that starts at 0.05 and not at torch's 0.125: so does the network from scratch."""
+    make = task.model
+
+    def quiet():
+        net = make()
+        for layer in (net[0], net[2], net[4]):
+            nn.init.normal_(layer.weight, std=0.05)
+            nn.init.constant_(layer.bias, 0.25)
+        return net
+
+    pruned, masks = make(), Masks({"0.weight": torch.rand(32, 64) < 0.5})
+    drawn = drawn_by(task.with_model(quiet), pruned, 7)
+    reinitialize(pruned, masks, sparse_aware=False, seed=7, drawn=drawn)
+    weight = pruned[0].weight.detach()
+    assert float(weight[masks["0.weight"]].std()) == pytest.approx(0.05, rel=0.1)
+    assert not bool(weight[~masks["0.weight"]].any())
+    assert bool((pruned[4].bias == 0.25).all())
+    reinitialize(pruned, masks, seed=7, drawn=drawn)
+    spread = sparse_std(masks["0.weight"])
+    assert float(pruned[0].weight.detach()[masks["0.weight"]].std()) == pytest.approx(
+        spread, rel=0.1
+    )
+    assert float(pruned[2].weight.detach().std()) == pytest.approx(0.05, rel=0.2)
+
+
+def test_layers_draw_their_own_weights_where_the_task_cannot(task):
+    """A module instead of a function, or a network of other shapes."""
+    model = task.fresh_model(0)
+    assert drawn_by(task.with_model(model), model, 0) is None
+    assert drawn_by(task, task.resize(0.5), 0) is None
+    outcome = sc.prune(
+        model, "rethinking-value", "sparsity=0.5", task.with_model(model), arms=["scratch-e"]
+    )
+    assert outcome.history[0]["accuracy"] > 0.2
 
 
 def test_the_large_network_is_trained_where_the_audited_method_expects_it(task):
@@ -239,6 +278,16 @@ def test_the_large_network_is_trained_where_the_audited_method_expects_it(task):
     before_training = audited(task, arms=["finetune"], audited="gmp")
     untrained = task.measure(task.fresh_model(0))
     assert before_training.metrics_before == untrained
+
+
+def test_the_dense_and_the_pruned_network_are_timed_when_asked(task):
+    """The protocol counts costs itself, for Scratch-B; the latency comes on top."""
+    plain = audited(task, arms=["finetune"])
+    timed = audited(task, arms=["finetune"], with_latency=True)
+    assert plain.before.latency is plain.after.latency is None
+    assert timed.before.latency.repeats == timed.after.latency.repeats > 1
+    assert replace(timed.before, latency=None) == plain.before
+    assert replace(timed.after, latency=None) == plain.after
 
 
 def test_every_arm_is_run_with_every_seed(task):

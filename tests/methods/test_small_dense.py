@@ -72,6 +72,9 @@ def test_it_has_no_more_parameters_than_the_budget_leaves(digits_task, budget):
     assert outcome.promise.asked == allowed
     assert outcome.promise.kept
     assert next_size(digits_task.resize, outcome.source["width"], parameters) > allowed
+    [row] = outcome.tables["the small network"]
+    assert (row["parameters"], row["allowed"]) == (parameters, allowed)
+    assert outcome.notes == []  # its size is a fact, not a warning
 
 
 def test_no_sparsity_is_the_network_itself(digits_task):

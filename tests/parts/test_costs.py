@@ -14,6 +14,7 @@ from secateurs.parts.costs import (
     csr_bytes,
     dense_bytes,
     measure_cost,
+    measure_latencies,
     measure_latency,
 )
 
@@ -134,6 +135,27 @@ def test_latency_is_ordered_and_positive():
     assert latency.repeats == 10
     with pytest.raises(InputError, match="repeats"):
         measure_latency(network(), IMAGES, repeats=0)
+
+
+def test_models_take_turns_while_they_are_timed():
+    order = []
+
+    class Named(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def forward(self, x):
+            assert not self.training
+            order.append(self.name)
+            return x
+
+    one, two = Named("one"), Named("two").eval()
+    latencies = measure_latencies([one, two], IMAGES, warmup=1, repeats=3)
+    assert [latency.repeats for latency in latencies] == [3, 3]
+    assert order == ["two", "one", "one", "two", "two", "one", "one", "two"]
+    assert one.training
+    assert not two.training
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"input": x}, lambda x: (x,)])

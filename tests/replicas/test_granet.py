@@ -1,4 +1,15 @@
-"""Replica of GraNet (arXiv 2106.10404) beside static, RigL-like and gradual pruning."""
+"""GraNet on Fashion-MNIST: pruning with regeneration beats static and dynamic sparse training.
+
+Paper: arXiv 2106.10404. A perceptron 300-100 on the first 6000 images at 14x14, 1200 updates of
+SGD with a mask update every 20, ramps until 600, means of 3 seeds, 80 s on one core. Measured:
+
+    arm                        95 %            98 %
+    static, ERK densities      0.810 ± 0.002   0.760 ± 0.003
+    RigL, ERK densities        0.821 ± 0.006   0.803 ± 0.001
+    gradual, one threshold     0.837 ± 0.002   0.824 ± 0.002
+    GraNet from dense          0.836 ± 0.003   0.827 ± 0.001
+    GraNet from 50 %           0.837 ± 0.001   0.827 ± 0.003
+"""
 
 import pytest
 

@@ -9,8 +9,6 @@ the dense network being at 0.837 ± 0.005:
      3.7 %         0.827 ± 0.003   0.799 ± 0.004   0.776 ± 0.009
 """
 
-import statistics
-
 import pytest
 
 import secateurs as sc
@@ -36,9 +34,9 @@ def densities(model):
 
 
 @pytest.fixture(scope="module")
-def accuracy(fashion):
+def accuracy(fashion, tables):
     """Accuracy by (round, arm): means over the seeds."""
-    task, found = make_task(MODEL, DATA, batch_size=60, training=RECIPE), {}
+    task, table = make_task(MODEL, DATA, batch_size=60, training=RECIPE), tables()
     for seed in range(SEEDS):
         model = task.fresh_model(seed)
         for rounds, density in zip(ROUNDS, densities(model), strict=True):
@@ -53,8 +51,8 @@ def accuracy(fashion):
             assert len(outcome.history) == rounds + 1
             rows = {row["control"]: row["accuracy"] for row in outcome.tables["controls"]}
             for arm, value in {**rows, "dense": outcome.metrics_before["accuracy"]}.items():
-                found.setdefault((rounds, arm), []).append(value)
-    return {place: statistics.fmean(values) for place, values in found.items()}
+                table.note((rounds, arm), value)
+    return table.means()
 
 
 def test_the_ticket_beats_the_dense_network(accuracy):

@@ -108,3 +108,19 @@ def test_matrix_round_trip() -> None:
 def test_matrix_refusals(change: tuple[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Matrix.parse(MATRIX.replace(*change))
+
+
+def test_the_demo_says_how_its_arms_are_trained() -> None:
+    from importlib.resources import files
+
+    from secateurs.zoo.catalog import make_task
+
+    text = files("secateurs.runs").joinpath("demo.yaml").read_text()
+    matrix = Matrix.parse(text)
+    task = make_task("zoo:convnet", "digits")
+    assert (task.training.epochs, task.finetuning.epochs) == (10, 5)
+    assert "10 epochs from fresh weights" in matrix.about
+    assert "had 10 and adds 5" in matrix.about
+    first = dict(task.fresh_model(0).named_parameters())["features.0.conv.weight"]
+    assert f"{first.numel()} weights more" in matrix.about
+    assert Matrix.parse(matrix.as_yaml()) == matrix

@@ -119,7 +119,7 @@ def experts(m: Any, x: Tensor) -> Tensor:
 
 
 IMAGE, TOKENS = (2, 3, 6, 6), (2, 5, 12)
-ATTENTION = {name: (12, 12) for name in "qkvo"}
+ATTENTION = dict.fromkeys("qkvo", (12, 12))
 
 
 def attention_layers() -> dict[str, nn.Module]:

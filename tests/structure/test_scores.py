@@ -1,5 +1,7 @@
 """Scores of units and the choice of those that stay."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -70,7 +72,7 @@ def test_channels_that_are_flattened_own_several_columns():
 
 def wide(widths=(8, 6, 3)):
     sizes = [5, *widths, 2]
-    layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
     return nn.Sequential(*layers)
 
 

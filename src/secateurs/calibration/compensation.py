@@ -91,7 +91,9 @@ class _Consumers(DenseWithZeros):
         moments = Moments(layer, name)
         moments.update(inputs)
         found = [damp(h, self.damping) for h in moments.hessian]
-        self.notes += [f"{name}: {h.note}" for h in found if h.note]
+        raised = max(h.damping for h in found)
+        if raised > self.damping:
+            self.notes.append(f"{name}: damping raised from {self.damping:g} to {raised:g}")
         return found
 
     def _wanted(self, name: str) -> bool:

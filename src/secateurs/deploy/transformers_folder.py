@@ -22,7 +22,7 @@ from torch import nn
 from secateurs.errors import InputError, described
 from secateurs.outcome import Outcome, check_output_folder
 from secateurs.structure.rewrite import same_outputs
-from secateurs.structure.trace import traceable
+from secateurs.structure.trace import as_call, traceable
 
 TRIES = 64
 """Configurations that are tried."""
@@ -36,7 +36,7 @@ def save_pretrained(outcome: Outcome, folder: str | Path, example_inputs: Any) -
     The folder appears whole or not at all.
 
     Args:
-        example_inputs: keyword arguments of the model, to compare outputs on.
+        example_inputs: as the model takes them, to compare outputs on.
 
     Raises:
         InputError: not a transformers model, a folder that is not empty, or shapes that no
@@ -80,8 +80,9 @@ def expressing(model: Any, changes: Sequence[tuple[int, int]], example_inputs: A
     Raises:
         InputError: there is none.
     """
+    args, kwargs = as_call(example_inputs)
     with traceable(model), torch.no_grad():
-        wanted = model(**example_inputs)
+        wanted = model(*args, **kwargs)
         difference = "no configuration was tried"
         for config in itertools.islice(_candidates(model.config, changes), TRIES):
             difference = _difference(model, config)
@@ -89,7 +90,7 @@ def expressing(model: Any, changes: Sequence[tuple[int, int]], example_inputs: A
                 continue
             other = type(model)(config).to(model.dtype).eval()
             other.load_state_dict(model.state_dict())
-            if same_outputs(other(**example_inputs), wanted, AGREE):
+            if same_outputs(other(*args, **kwargs), wanted, AGREE):
                 return config
             difference = "the outputs"
     raise InputError(

@@ -174,9 +174,25 @@ def measure_latency(
     Args:
         threads: of the CPU while it is measured; as many as torch has where None.
     """
-    with timing_conditions(model, threads=threads):
-        [times] = time_calls([forward_call(model, example_inputs)], warmup=warmup, repeats=repeats)
-    return latency_of(times)
+    [latency] = measure_latencies(
+        [model], example_inputs, warmup=warmup, repeats=repeats, threads=threads
+    )
+    return latency
+
+
+def measure_latencies(
+    models: Sequence[nn.Module],
+    example_inputs: Any,
+    *,
+    warmup: int = 5,
+    repeats: int = 30,
+    threads: int | None = None,
+) -> list[Latency]:
+    """`measure_latency` of several models that take turns, so that drift hits all alike."""
+    with timing_conditions(*models, threads=threads):
+        calls = [forward_call(model, example_inputs) for model in models]
+        times = time_calls(calls, warmup=warmup, repeats=repeats)
+    return [latency_of(own) for own in times]
 
 
 def latency_of(milliseconds: Sequence[float]) -> Latency:

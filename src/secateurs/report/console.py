@@ -180,6 +180,48 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def axes_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The axes of a model that can be shortened.
+
+    Args:
+        rows: ``name``, ``role``, ``size``, ``parameters`` and ``macs`` (of one unit) and
+            ``normalized``.
+    """
+    table = _table(None)
+    table.add_column("axis", ratio=1)
+    table.add_column("role", no_wrap=True)
+    for column in ("units", "params each", "MACs each"):
+        table.add_column(column, justify="right", no_wrap=True)
+    if any(row["normalized"] for row in rows):
+        table.add_column("statistics over it")
+    for row in rows:
+        _row(
+            table,
+            row["name"],
+            row["role"],
+            numbers.plain(row["size"]),
+            numbers.count(row["parameters"]),
+            numbers.count(row["macs"]),
+            *([", ".join(row["normalized"])] if len(table.columns) > 5 else []),
+        )
+    return table
+
+
+def frozen_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Why the other axes cannot be shortened.
+
+    Args:
+        rows: ``reason``, ``axes`` (how many) and ``example``.
+    """
+    table = _table(None)
+    table.add_column("frozen because", ratio=1)
+    table.add_column("axes", justify="right", no_wrap=True)
+    table.add_column("such as", ratio=1)
+    for row in rows:
+        _row(table, row["reason"], numbers.plain(row["axes"]), row["example"])
+    return table
+
+
 def cost_table(cost: Mapping[str, Any]) -> Table:
     """What a model costs.
 

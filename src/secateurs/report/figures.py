@@ -455,7 +455,7 @@ def _heading(text: str, x: str, y: str) -> dict[str, Any]:
 # ---------------------------------------------------------------- layers
 
 
-def layer_bars(layers: Sequence[Mapping[str, Any]]) -> go.Figure:
+def layer_bars(layers: Sequence[Mapping[str, Any]], what: str = "layers") -> go.Figure:
     """Share of kept weights by layer, with the overall share as a dashed line.
 
     Up to `MANY_LAYERS` layers are rows with their names; more stand side by side in network
@@ -463,6 +463,7 @@ def layer_bars(layers: Sequence[Mapping[str, Any]]) -> go.Figure:
 
     Args:
         layers: ``name``, ``kept`` and ``total`` each, as `Outcome.layers` gives them.
+        what: they are called.
 
     Raises:
         InputError: no layers.
@@ -478,7 +479,7 @@ def layer_bars(layers: Sequence[Mapping[str, Any]]) -> go.Figure:
         for row, value in zip(layers, shares, strict=True)
     ]
     top = min(max([*shares, overall]) * 1.04 or 1.0, 104.0)
-    note = f"all layers {numbers.share(overall / 100)}"
+    note = f"all {what} {numbers.share(overall / 100)}"
     if len(layers) <= MANY_LAYERS:
         return _few_layers(go, layers, shares, hover, overall, top, note)
     return _many_layers(go, shares, hover, overall, top, note)

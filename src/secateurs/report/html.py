@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from secateurs.report.leaderboard import dense_quality, promise_kept, row_of
 from secateurs.report.leaderboard import leaderboard as make_leaderboard
 
 TEMPLATE = "report.html.jinja"
+LIBRARIES = ("jinja2", "plotly")
+"""What `write_report` needs beyond the library's own dependencies."""
+
 KEYS = (
     "method", "options", "budget", "seed", "source", "primary", "higher_is_better", "promise",
     "before", "after", "metrics_before", "metrics_after", "layers", "history", "tables", "notes",
@@ -193,6 +197,11 @@ class Page:
     environment: Sequence[tuple[str, str]]
     sources: Sequence[Source]
     plotly: str = field(default="", repr=False)
+
+
+def missing_libraries() -> list[str]:
+    """What a report needs of the extra ``report`` and this installation lacks."""
+    return [name for name in LIBRARIES if find_spec(name) is None]
 
 
 def write_report(
@@ -363,6 +372,8 @@ def _section(group: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, A
     plots, tables = [], []
     if outcome["layers"]:
         plots.append(_layers_plot(outcome["layers"]))
+    if axes := outcome["tables"].get("axes"):
+        plots.append(_axes_plot(axes))
     if timed := _timed(outcome):
         plots.append(_plot("Promised and measured", figures.promised_and_measured(timed), PACE))
     if figures.has_rounds(outcome["history"], metric):
@@ -405,6 +416,18 @@ def _layers_plot(layers: Sequence[Mapping[str, Any]]) -> Plot:
     if empty:
         caption += f" {empty} of {len(layers)} layers lost everything."
     return _plot("Layer by layer", figures.layer_bars(layers), caption)
+
+
+def _axes_plot(axes: Sequence[Mapping[str, Any]]) -> Plot:
+    rows = [{**row, "name": f"{row['axis']} ({row['role']})"} for row in axes]
+    whole = sum(row["kept"] == row["total"] for row in axes)
+    caption = (
+        "Share of each axis's units that is kept: channels, neurons and heads with everything "
+        "that is tied to them; the dashed line is all axes together."
+    )
+    if whole:
+        caption += f" {whole} of {len(axes)} axes are whole."
+    return _plot("Axis by axis", figures.layer_bars(rows, "axes"), caption)
 
 
 def _summary(outcome: Mapping[str, Any], seeds: int) -> str:

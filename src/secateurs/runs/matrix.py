@@ -45,7 +45,8 @@ from secateurs.state import write_bytes
 BASELINES = ("random-pruning", "global-mp", "small-dense")
 MATRIX, DATABASE = "matrix.yaml", "bench.sqlite"
 TASK_KEYS = ("model", "data", "training", "finetuning", "batch_size", "label_smoothing")
-KEYS = ("name", "tasks", "methods", "budgets", "seeds", "baselines", "latency", *TASK_KEYS)
+OWN_KEYS = ("name", "about", "tasks", "methods", "budgets", "seeds", "baselines", "latency")
+KEYS = (*OWN_KEYS, *TASK_KEYS)
 ATTEMPTS = 2
 """A job that brought its worker down this often is given up."""
 
@@ -83,7 +84,8 @@ class Matrix:
         budgets: in the budget language.
         seeds: their number, or the seeds themselves.
         baselines: whether the three baselines are added.
-        latency: whether outcomes are timed, one by one, when all are done.
+        latency: whether outcomes are timed, each beside its dense network, when all are done.
+        about: a paragraph for the report and the terminal, on how to read the comparison.
     """
 
     tasks: tuple[dict[str, Any], ...]
@@ -93,12 +95,14 @@ class Matrix:
     name: str = "benchmark"
     baselines: bool = True
     latency: bool = True
+    about: str = ""
     cells: tuple[Cell, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         for name in ("tasks", "methods", "budgets"):
             require(bool(getattr(self, name)), name, [], "at least one")
-        require(self.seeds not in (0, ()), "seeds", self.seeds, "at least one seed")
+        some = self.seeds >= 1 if isinstance(self.seeds, int) else bool(self.seeds)
+        require(some, "seeds", self.seeds, "at least one seed")
         object.__setattr__(self, "cells", tuple(self._cells()))
 
     @staticmethod
@@ -122,6 +126,8 @@ class Matrix:
         for key in ("methods", "budgets", "seeds"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
+            elif key != "seeds":
+                raise InputError(key, values.get(key), f"a list of {key}")
         matrix: Matrix = build(Matrix, values)
         return matrix
 
@@ -160,8 +166,7 @@ class Matrix:
 
     def as_yaml(self) -> str:
         """The matrix as a file."""
-        names = ("name", "tasks", "methods", "budgets", "seeds", "baselines", "latency")
-        values = plain_values({name: getattr(self, name) for name in names})
+        values = plain_values({name: getattr(self, name) for name in OWN_KEYS})
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -219,6 +224,11 @@ class Bench:
         if not (folder / DATABASE).is_file():
             raise InputError("benchmark", str(folder), f"a folder with {DATABASE}")
         self.matrix = Matrix.read(folder / MATRIX)
+        try:
+            self.states()
+        except sqlite3.DatabaseError as error:
+            file = str(folder / DATABASE)
+            raise InputError("benchmark", file, f"a whole benchmark ({error})") from None
 
     @staticmethod
     def create(matrix: Matrix, folder: Path) -> Bench:
@@ -233,7 +243,6 @@ class Bench:
                 raise InputError("output folder", str(folder), "a folder of the same matrix")
             return bench
         check_output_folder(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         write_bytes(partial / MATRIX, matrix.as_yaml().encode())
@@ -419,6 +428,7 @@ def result_row(label: str, recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
     assert after is not None
     assert before is not None
     return {
+        "cell": recipe.identity(),
         "label": label,
         "method": stage.method,
         "task": f"{recipe.model} on {recipe.data}",
@@ -436,4 +446,6 @@ def result_row(label: str, recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
         "effective_macs": after.effective_macs,
         "bytes": after.sparse_bytes,
         "latency_ms": after.latency.median if after.latency else None,
+        "dense_macs": before.macs,
+        "dense_latency_ms": before.latency.median if before.latency else None,
     }

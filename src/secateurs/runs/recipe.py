@@ -111,6 +111,7 @@ class Recipe:
     finetuning: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "an integer of 64 bits")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "[0, 1)")
@@ -205,8 +206,10 @@ def parse_stage(value: Any) -> Stage:
         if key not in body:
             raise InputError("prune", described(f"no {key!r}"), "method and budget")
     rest = {k: v for k, v in body.items() if k not in ("method", "budget", "recover")}
-    budget = str(body["budget"])
-    return Stage("prune", str(body["method"]), budget, rest, bool(body.get("recover", True)))
+    recover = body.get("recover", True)
+    if not isinstance(recover, bool):
+        raise InputError("recover", recover, "true or false")
+    return Stage("prune", str(body["method"]), str(body["budget"]), rest, recover)
 
 
 def stages_for(method: str, budget: str, options: Mapping[str, Any], *, fresh: bool) -> list[Stage]:

@@ -36,6 +36,7 @@ from secateurs.state import write_bytes, write_json
 from secateurs.task import Task
 from secateurs.training.loop import fit_once
 from secateurs.workspace import EventLog, Listener, Workspace
+from secateurs.zoo.specs import parse_spec
 
 RECIPE, EVENTS, ENVIRONMENT, REPORT = (
     "recipe.yaml",
@@ -93,7 +94,6 @@ class Run:
         check_output_folder(folder)
         if recipe.threads is None:
             recipe = replace(recipe, threads=torch.get_num_threads())
-        folder.parent.mkdir(parents=True, exist_ok=True)
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         write_bytes(partial / RECIPE, recipe.as_yaml().encode())
@@ -127,10 +127,35 @@ class Run:
             work = Workspace(self.folder / "work", (log, *listeners), snapshot_seconds)
             outcome = self._stages(work)
             outcome.source |= {"model": self.recipe.model, "data": self.recipe.data}
+            self._save_for_transformers(outcome, work)
+            self._save_onnx(outcome)
             save(outcome, self.folder / "outcome")
             shutil.rmtree(self.folder / "work", ignore_errors=True)
             work.event("finished", **outcome.metrics_after)
             return outcome
+
+    def _save_for_transformers(self, outcome: Outcome, work: Workspace) -> None:
+        """A folder for `from_pretrained`, where a configuration can have the model's shape."""
+        if not hasattr(outcome.model, "save_pretrained"):
+            return
+        from secateurs.deploy.transformers_folder import save_pretrained
+
+        folder = self.folder / "transformers"
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            save_pretrained(outcome, folder, self.recipe.make_task().example_inputs)
+        except InputError as reason:
+            outcome.notes.append(f"no folder for transformers: {reason}")
+            work.event("transformers", reason=str(reason))
+
+    def _save_onnx(self, outcome: Outcome) -> None:
+        """What came as an ONNX file leaves as one, too."""
+        if parse_spec(self.recipe.model, "model").kind != "onnx":
+            return
+        from secateurs.deploy.onnx_export import export_onnx
+
+        inputs = self.recipe.make_task().example_inputs
+        export_onnx(outcome.model, inputs, self.folder / "model.onnx")
 
     def _stages(self, work: Workspace) -> Outcome:
         from secateurs.zoo.catalog import has_weights

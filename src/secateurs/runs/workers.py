@@ -8,13 +8,14 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from secateurs.errors import SecateursError, require
 from secateurs.outcome import load
-from secateurs.parts.costs import measure_latency
+from secateurs.parts.costs import measure_latencies
 from secateurs.runs.matrix import Bench, Job, result_row
 from secateurs.runs.recipe import changed
 from secateurs.runs.run import RECIPE, Run, locked
@@ -161,7 +162,10 @@ def do(bench: Bench, job: Job, parent: int | None = None) -> None:
 
 
 def time_outcomes(bench: Bench) -> None:
-    """Measure the latency of every finished cell, one after the other on an idle machine."""
+    """Time every finished cell and its dense network in turn, one cell after the other.
+
+    The machine should be idle, so this comes when all jobs are done.
+    """
     with bench.database() as db:
         rows = db.execute(
             "SELECT id, result FROM jobs WHERE kind='cell' AND state='done'"
@@ -171,8 +175,13 @@ def time_outcomes(bench: Bench) -> None:
         if result["latency_ms"] is not None:
             continue
         run = Run(bench.cell_folder(job))
-        outcome = load(run.folder / "outcome")
-        latency = measure_latency(outcome.model, run.recipe.make_task().example_inputs)
-        result["latency_ms"] = latency.median
+        task = run.recipe.make_task()
+        models = [task.starting_model(run.recipe.seed), load(run.folder / "outcome").model]
+        dense, pruned = measure_latencies(models, task.example_inputs)
+        result |= {
+            "latency_ms": pruned.median,
+            "dense_latency_ms": dense.median,
+            "timing": {"before": asdict(dense), "after": asdict(pruned)},
+        }
         with bench.database() as db:
             db.execute("UPDATE jobs SET result=? WHERE id=?", (json.dumps(result), job))

@@ -44,7 +44,7 @@ def interpreted(found: Trace, interpreter: Callable[[Part], DenseWithZeros]) -> 
     own: dict[str, nn.Module] = {}
     for part in found.parts:
         own[part.path] = module = copy.copy(found.model.get_submodule(part.path))
-        module.forward = interpreter(part).run  # type: ignore[method-assign]
+        module.forward = interpreter(part).run
     with traceable(found.model):
         return outputs_of(found, replaced(found.model, own))
 
@@ -65,11 +65,11 @@ class DenseWithZeros(fx.Interpreter):
         for literal, _, new in literal_values(found, self._count):
             self.literals[literal.node].append((literal, new))
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        spec = self.module._in_spec
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        spec: Any = self.module._in_spec
         flat = tree_leaves((args, reorder_kwargs(kwargs, spec)))
         result = super().run(*flat, enable_io_processing=False)
-        return self.module.graph.process_outputs(result)  # type: ignore[union-attr]
+        return self.module.graph.process_outputs(result)  # type: ignore[union-attr, operator]
 
     def _count(self, axis: Any) -> int:
         units = self.kept.get(axis)
@@ -131,7 +131,7 @@ class DenseWithZeros(fx.Interpreter):
         for literal, new in self.literals.get(n, ()):
             at = names.index(literal.argument)
             old = args[at] if at < len(args) else kwargs[literal.argument]
-            value = new
+            value: Any = new
             if literal.place is not None:
                 value = list(old)
                 value[literal.place] = new

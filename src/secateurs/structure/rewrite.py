@@ -22,7 +22,7 @@ from secateurs.structure.trace import Trace, named_tensors
 Counts = Callable[[Axis], int]
 """Axis -> how many of its units stay."""
 
-SAME_ELSEWHERE = {torch.ops.aten.view.default: torch.ops.aten.reshape.default}
+SAME_ELSEWHERE: dict[Any, Any] = {torch.ops.aten.view.default: torch.ops.aten.reshape.default}
 """Operations that ask for a layout in memory, which follows sizes: their forms that do not."""
 
 

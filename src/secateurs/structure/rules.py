@@ -240,8 +240,8 @@ def broadcast(tensors: Sequence[Dims], sizes: Sequence[int]) -> Dims:
     "masked_fill", "where", "clamp", "maximum", "minimum", "lerp", "rsub", "pow", "float_power",
     "expand_as", "softplus", "gelu", "selu", "celu", "mish", "logsigmoid", "log_sigmoid", "one",
     "nan_to_num", "erf", "remainder", "addcmul", "addcdiv", "exponential", "requires_grad", "data",
-    "hardswish", "hardsigmoid", "hardshrink", "softshrink", "elu", "leaky_relu", "silu", "clamp_min",
-    "clamp_max", "__xor__", "softsign", "abs", "square", "float",
+    "hardswish", "hardsigmoid", "hardshrink", "softshrink", "elu", "leaky_relu", "silu",
+    "clamp_min", "clamp_max", "__xor__", "softsign", "abs", "square", "float",
     "floor_divide", "divide", "true_divide", "multiply", "subtract", "negative", "absolute", "clip",
     "real", "imag", "conj", "resolve_conj", "resolve_neg", "greater", "less", "not_equal",
 )  # fmt: skip
@@ -908,7 +908,8 @@ def filled(at: Site) -> Value:
 
 
 @rule("arange", "linspace", "eye", "scalar_tensor", "meshgrid", "one_hot", "bucketize",
-      "searchsorted", "tril_indices", "triu_indices", "nonzero", "histc", "randint", "randperm")  # fmt: skip
+      "searchsorted", "tril_indices", "triu_indices", "nonzero", "histc", "randint",
+      "randperm")  # fmt: skip
 def constants(at: Site) -> Value:
     for dims in at.tensors():
         for dim in dims:

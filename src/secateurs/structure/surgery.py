@@ -25,7 +25,6 @@ from secateurs.structure.batch import free_batch
 from secateurs.structure.dimensions import Axis, Kept, kept_indices, plain_axes, shortened_size
 from secateurs.structure.oracle import expected_outputs
 from secateurs.structure.rewrite import (
-    RewrittenGraph,
     current_tensors,
     difference,
     literal_values,
@@ -66,13 +65,16 @@ class Shortened:
     notes: list[str] = field(default_factory=list)
 
 
-def shorten(found: Trace, kept: Mapping[Axis, Any], *, check: bool = True) -> Shortened:
+def shorten(
+    found: Trace, kept: Mapping[Axis, Any], *, check: bool = True, any_batch: bool = True
+) -> Shortened:
     """Shorten the traced model to the kept units of some axes.
 
     Args:
         found: a trace of the model; afterwards it is of no more use.
         kept: indices of the units that stay, by plain axis; axes that are not listed stay whole.
         check: compare the outputs for the example inputs with `oracle.expected_outputs`.
+        any_batch: let a graph take batches of any size, which needs a second export.
 
     Raises:
         InputError: an axis that is frozen, empty, or given units it does not have. On this and
@@ -82,14 +84,17 @@ def shorten(found: Trace, kept: Mapping[Axis, Any], *, check: bool = True) -> Sh
     expected = expected_outputs(found, units) if check else None
     old = {name: (tensor.data, tensor.grad) for name, tensor in current_tensors(found).items()}
     try:
-        return _shortened(found, units, expected, {n: data for n, (data, _) in old.items()})
+        dense = {n: data for n, (data, _) in old.items()} if any_batch else None
+        return _shortened(found, units, expected, dense)
     except BaseException:
         for name, tensor in current_tensors(found).items():
             tensor.data, tensor.grad = old[name]
         raise
 
 
-def _shortened(found: Trace, units: Kept, expected: Any, dense: Mapping[str, Tensor]) -> Shortened:
+def _shortened(
+    found: Trace, units: Kept, expected: Any, dense: Mapping[str, Tensor] | None
+) -> Shortened:
     slices = _slices(found, units)
     notes: list[str] = []
     scales = _fold_scales(found, units, notes)
@@ -106,7 +111,8 @@ def _shortened(found: Trace, units: Kept, expected: Any, dense: Mapping[str, Ten
         leaves = torch.utils._pytree.tree_leaves
         gap = max(map(difference, leaves(wanted), leaves(expected)), default=0.0)
     if edits is None:
-        sizes = "batches of any size" if _free_batch(found, graph, dense) else "this batch size"
+        free = dense is not None and _free_batch(found, graph, dense)
+        sizes = "batches of any size" if free else "this batch size"
         notes.append(
             "the model's Python code states sizes that no attribute holds: it is handed back as "
             f"a graph, for samples of the example inputs' shape and {sizes}"

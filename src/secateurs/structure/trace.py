@@ -2,8 +2,8 @@
 
 `torch.export` (non-strict) gives a graph of ATen operations, or several
 (`secateurs.structure.parts`); `secateurs.structure.rules` says what each operation means for the
-dimensions of its tensors. What comes out is a `Trace`: the graphs, a `Dim` for every dimension of every parameter, buffer and activation, and what the rules
-noted on the way.
+dimensions of its tensors. What comes out is a `Trace`: the graphs, a `Dim` for every dimension of
+every parameter, buffer and activation, and what the rules noted on the way.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def outputs_of(found: Trace, module: nn.Module) -> Any:
 def traceable(model: nn.Module) -> Iterator[None]:
     """Eval mode, no caches, attention in the open; all put back afterwards."""
     training = [m for m in model.modules() if m.training]
-    configs = {id(c): c for m in model.modules()
+    configs: dict[int, Any] = {id(c): c for m in model.modules()
                if getattr(c := getattr(m, "config", None), "use_cache", None)}  # fmt: skip
     fast = torch.backends.mha.get_fastpath_enabled()
     model.eval()
@@ -205,7 +205,7 @@ def _operation(found: Trace, node: fx.Node) -> Value:
     if name == "getitem":
         whole, place = node.args
         value = found.dims.get(whole)  # type: ignore[arg-type]
-        return value[place] if isinstance(value, tuple) else None
+        return value[place] if isinstance(value, tuple) else None  # type: ignore[index]
     value = node.meta.get("val")
     operands = [found.dims.get(n) for n in node.all_input_nodes]
     if not isinstance(value, Tensor | list | tuple):

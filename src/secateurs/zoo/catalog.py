@@ -13,6 +13,7 @@ from secateurs.outcome import load
 from secateurs.settings import TrainSettings
 from secateurs.task import Task, classification, language_modelling, seeded
 from secateurs.zoo.datasets import Data, load_data
+from secateurs.zoo.likeness import is_noise, likeness
 from secateurs.zoo.models import ModelSource, has_weights, load_model, saved_outcome
 from secateurs.zoo.specs import parse_spec
 
@@ -71,8 +72,10 @@ def make_task(
 
     Args:
         model: see `secateurs.zoo.models.load_model`.
-        data: see `secateurs.zoo.datasets.load_data`. A ``python:`` name that gives a Task brings
-            its loaders, loss and metrics; the same name as model takes the Task as it is.
+        data: see `secateurs.zoo.datasets.load_data`; or ``noise``, on which a model with
+            weights is to stay like itself (`secateurs.zoo.likeness`). A ``python:`` name that
+            gives a Task brings its loaders, loss and metrics; the same name as model takes the
+            Task as it is.
         batch_size: samples of a batch.
         seed: of the loader's order, and of what a model with weights still has to draw.
         training, finetuning: `default_settings`, or those of a user's Task, where they are None.
@@ -83,6 +86,10 @@ def make_task(
     Raises:
         InputError: see `load_model` and `load_data`.
     """
+    if is_noise(data):
+        made = likeness(load_model(model, width=width), data)
+        own_training, own_finetuning = training or made.training, finetuning or made.finetuning
+        return replace(made, training=own_training, finetuning=own_finetuning)
     found = load_data(data)
     own = found.task
     defaults = default_settings(model, data) if own is None else (own.training, own.finetuning)
@@ -142,7 +149,7 @@ def remake(model: str, data: str | None = None, width: float = 1.0) -> nn.Module
     Args:
         model, data, width: what the outcome has under ``source``.
     """
-    found = None if data is None else load_data(data)
+    found = None if data is None or is_noise(data) else load_data(data)
     source = load_model(parse_spec(model, "model").title, data=found, width=width)
     return seeded(source.architecture, 0)
 

@@ -5,6 +5,7 @@ Weights are read from safetensors only; nothing is ever unpickled.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
@@ -58,6 +59,7 @@ def load_model(
     ``torchvision:NAME``      its classification networks, fresh weights
     ``timm:NAME``             all of timm's, fresh weights
     ``pretrained:NAME``       `secateurs.zoo.pretrained`: weights from ordinary packages
+    ``onnx:FILE``, FILE.onnx  whatever framework wrote it (`secateurs.deploy.onnx_import`)
     ``hf:NAME`` or FOLDER     of transformers, with its weights; ``fresh=true`` without them,
                               ``dtype`` (float32)
     ``python:MODULE:F``       the module that F returns, or the model of its Task; F may take
@@ -108,7 +110,7 @@ def has_weights(spec: str) -> bool:
         raise _unknown_kind(parsed)
     if parsed.kind == "hf":
         return parsed.options.get("fresh") != "true"
-    if parsed.kind == "pretrained":
+    if parsed.kind in ("pretrained", "onnx"):
         return True
     return parsed.kind == "python" and parsed.options.get("trained") == "true"
 
@@ -149,6 +151,8 @@ def _saved(folder: Path, spec: Spec, data: Data | None) -> ModelSource:
         source = load(folder).source
         if "data" not in source:
             raise InputError("data", None, f"a data set: {folder} does not name its own")
+        if source["data"].partition("?")[0] == "noise":
+            return load_model(source["model"]).example_inputs()
         return load_data(source["data"]).example()
 
     return ModelSource(make, None, True, spec.text, inputs, make)
@@ -232,6 +236,22 @@ def _pretrained(spec: Spec, options: Options, data: Data | None) -> ModelSource:
     return ModelSource(found.make, None, True, spec.text, inputs, found.architecture)
 
 
+def _onnx(spec: Spec, options: Options, data: Data | None) -> ModelSource:
+    from secateurs.deploy.onnx_import import import_onnx
+
+    options.done()
+    found = import_onnx(spec.name)
+
+    def make() -> nn.Module:
+        return copy.deepcopy(found.model)
+
+    def inputs() -> Any:
+        return found.example_inputs
+
+    source = ModelSource(make, None, True, spec.text, inputs, make)
+    return _checked(source, data)
+
+
 def _hub(spec: Spec, options: Options, data: Data | None) -> ModelSource:
     from secateurs.zoo.hub_models import hub_model
 
@@ -278,6 +298,7 @@ _KINDS: dict[str, Callable[[Spec, Options, Data | None], ModelSource]] = {
     "torchvision": _torchvision,
     "timm": _timm,
     "pretrained": _pretrained,
+    "onnx": _onnx,
     "hf": _hub,
     "python": _python,
 }

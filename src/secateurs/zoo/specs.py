@@ -18,6 +18,8 @@ from typing import Any
 
 from secateurs.errors import InputError, described, require, unknown
 
+ONNX_SUFFIX = ".onnx"
+"""A bare file with this ending is ``onnx:FILE``."""
 WEIGHTS_SUFFIX = ".safetensors"
 
 
@@ -61,6 +63,8 @@ def parse_spec(text: str, argument: str) -> Spec:
         weights = Path(file)
     whole, _, query = rest.partition("?")
     kind, _, name = whole.partition(":")
+    if kind.endswith(ONNX_SUFFIX) and not name:
+        kind, name = "onnx", kind
     options: dict[str, str] = {}
     for part in query.split("&") if query else ():
         key, equals, value = part.partition("=")

@@ -9,11 +9,13 @@ pruned model P:
  - Scratch-B: the same for E · F(M)/F(P) epochs, F the cost of a forward pass, so that the
    training costs as much as M's. `cap=2` is the ImageNet rule: at most twice as long.
 
-Fresh weights under a mask are drawn with the variance that the surviving connections ask for
-(std = sqrt(2/n), n = kept weights of the layer / input channels, as in the public code's
-weight-level part). F counts multiply-accumulates of surviving weights; the public code counts
-through the zeros and so gives masks no extra epochs. Every arm is scored after its last epoch
-(the public code reports the best test epoch).
+Fresh weights are drawn as the large model's were, by the task's own function, where that makes
+networks of the pruned shapes (masks leave them alone), else by the rules of `reinitialize`. Under
+a mask their variance is the one that the surviving connections ask for (std = sqrt(2/n), n = kept
+weights of the layer / input channels, as in the public code's weight-level part). F counts
+multiply-accumulates of surviving weights; the public code counts through the zeros and so gives
+masks no extra epochs. Every arm is scored after its last epoch (the public code reports the best
+test epoch).
 """
 
 from __future__ import annotations
@@ -69,7 +71,12 @@ def scale_milestones(milestones: Sequence[int], epochs: int, new_epochs: int) ->
 
 @torch.no_grad()
 def reinitialize(
-    model: nn.Module, masks: Masks | None = None, *, sparse_aware: bool = True, seed: int = 0
+    model: nn.Module,
+    masks: Masks | None = None,
+    *,
+    sparse_aware: bool = True,
+    seed: int = 0,
+    drawn: nn.Module | None = None,
 ) -> None:
     """Fresh weights for every layer of `model`, in place, and zeros where `masks` say so.
 
@@ -77,32 +84,53 @@ def reinitialize(
     them; normalisation and all others: their own reset. Masked weights with `sparse_aware`:
     variance 2/n with n = kept/in_channels, which is the same rule for the connections left.
 
+    Args:
+        seed: of all draws.
+        drawn: a network of the same shapes, freshly drawn, that takes the place of these rules
+            (but not of that for masked weights).
+
     Raises:
         InputError: a layer with parameters of its own knows no reset.
     """
     masks = masks or Masks({})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name, module in model.named_modules():
-            if not any(True for _ in module.parameters(recurse=False)):
-                continue
-            reset = getattr(module, "reset_parameters", None) or getattr(
-                module, "_reset_parameters", None
-            )
-            if reset is None:
-                raise InputError(
-                    "model",
-                    described(f"{name} of type {type(module).__name__} without reset_parameters"),
-                    "layers that can draw fresh weights, or Task(model=function)",
-                )
-            reset()
-            if isinstance(module, nn.modules.conv._ConvNd):
-                fan_out = module.weight.numel() // module.weight.shape[1]
-                module.weight.normal_(0, math.sqrt(2 / fan_out))
+        if drawn is None:
+            _reset_layers(model)
+        else:
+            model.load_state_dict(drawn.state_dict())
         for name, weight in named_parameters(model, masks).items():
             if sparse_aware and bool(masks[name].any()):
                 weight.normal_(0, sparse_std(masks[name]))
     masks.apply_(named_parameters(model, masks))
+
+
+def _reset_layers(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        reset = getattr(module, "reset_parameters", None) or getattr(
+            module, "_reset_parameters", None
+        )
+        if reset is None:
+            raise InputError(
+                "model",
+                described(f"{name} of type {type(module).__name__} without reset_parameters"),
+                "layers that can draw fresh weights, or Task(model=function)",
+            )
+        reset()
+        if isinstance(module, nn.modules.conv._ConvNd):
+            fan_out = module.weight.numel() // module.weight.shape[1]
+            module.weight.normal_(0, math.sqrt(2 / fan_out))
+
+
+def drawn_by(task: Task, model: nn.Module, seed: int) -> nn.Module | None:
+    """A fresh network of the task; None where it makes none, or none of `model`'s shapes."""
+    if isinstance(task.model, nn.Module):
+        return None
+    fresh = task.fresh_model(seed)
+    shapes = [{n: t.shape for n, t in net.state_dict().items()} for net in (fresh, model)]
+    return fresh if shapes[0] == shapes[1] else None
 
 
 def sparse_std(mask: torch.Tensor) -> float:
@@ -177,7 +205,7 @@ class RethinkingValue(Procedure):
         from secateurs.training.loop import fit_once
 
         method = self.audited_method()
-        if {"PAT", "PTP"} & set(method.tags.values("when")) and not isinstance(method, Procedure):
+        if method.time in ("PAT", "PTP") and not isinstance(method, Procedure):
             fit_once(model, task, task.training, seed=seed, work=work, name="large")
         return prune(
             model, method, budget, task, seed=seed, inplace=True, work=work.child("pruned")
@@ -221,7 +249,14 @@ class RethinkingValue(Procedure):
         arm: str,
     ) -> dict[str, float]:
         fresh = copy.deepcopy(outcome.model)
-        reinitialize(fresh, outcome.masks, sparse_aware=self.sparse_aware, seed=mix(seed, 201))
+        own = mix(seed, 201)
+        reinitialize(
+            fresh,
+            outcome.masks,
+            sparse_aware=self.sparse_aware,
+            seed=own,
+            drawn=drawn_by(task, fresh, own),
+        )
         trained = train_masked(
             fresh,
             outcome.masks,

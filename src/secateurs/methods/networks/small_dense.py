@@ -99,5 +99,9 @@ class SmallDense(Procedure):
             model=small,
             source={"width": width},
             promise=Promise("params", allowed, parameters, max(wider - parameters, 1)),
-            notes=[f"width {width:.4g}: {parameters} parameters of {allowed} allowed"],
+            tables={
+                "the small network": [
+                    {"width": width, "parameters": parameters, "allowed": allowed}
+                ]
+            },
         )
