@@ -42,7 +42,7 @@ def halved(model: nn.Module, inputs: torch.Tensor, share: float) -> tuple[nn.Mod
     scores = unit_scores(structure, elements)
     whole = structure.macs()
     choice = choose(
-        structure, scores, structure.macs, share * whole, scope="local", limits=Limits(round_to=8)
+        structure, scores, structure.macs, share * whole, scope="local", limits=Limits(round_to=16)
     )
     made = shorten(structure.trace, choice.kept)
     return made.model.eval(), choice.cost / whole

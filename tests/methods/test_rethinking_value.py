@@ -255,11 +255,35 @@ def test_scratch_weights_are_drawn_as_the_large_networks_were(task):
     assert float(pruned[2].weight.detach().std()) == pytest.approx(0.05, rel=0.2)
 
 
+def test_smaller_layers_are_drawn_with_the_spread_for_their_inputs():
+    """He et al. on the large network, variance 2/fan_in: so it is on the small one."""
+
+    def make(first, second):
+        net = nn.Sequential(
+            nn.Linear(64, first), nn.BatchNorm1d(first), nn.ReLU(), nn.Linear(first, second)
+        )
+        for place in (0, 3):
+            nn.init.kaiming_normal_(net[place].weight)
+            nn.init.zeros_(net[place].bias)
+        return net
+
+    large, small = make(400, 100), make(100, 60)
+    small(torch.randn(32, 64))  # running statistics that are not 0 and 1
+    reinitialize(small, drawn=large, seed=3)
+    assert float(small[0].weight.detach().std()) == pytest.approx(math.sqrt(2 / 64), rel=0.05)
+    assert float(small[3].weight.detach().std()) == pytest.approx(math.sqrt(2 / 100), rel=0.05)
+    assert not bool(small[0].bias.any() | small[3].bias.any() | small[1].running_mean.any())
+    assert bool((small[1].weight == 1).all() & (small[1].running_var == 1).all())
+    again = make(100, 60)
+    reinitialize(again, drawn=large, seed=3)
+    assert torch.equal(again[3].weight, small[3].weight)
+
+
 def test_layers_draw_their_own_weights_where_the_task_cannot(task):
-    """A module instead of a function, or a network of other shapes."""
+    """A module instead of a function, or a network with other tensors."""
     model = task.fresh_model(0)
     assert drawn_by(task.with_model(model), model, 0) is None
-    assert drawn_by(task, task.resize(0.5), 0) is None
+    assert drawn_by(task, make_conv(), 0) is None
     outcome = sc.prune(
         model, "rethinking-value", "sparsity=0.5", task.with_model(model), arms=["scratch-e"]
     )

@@ -458,7 +458,8 @@ def test_the_graph_follows_train_and_eval() -> None:
     done = halved(model)
     graph, x = done.model, example(model)
     assert graph.training
-    assert not torch.equal(graph(x), graph(x))  # dropout
+    # dropout: that so few units come out alike ten times would be a wonder
+    assert any(not torch.equal(graph(x), graph(x)) for _ in range(10))
     before = graph.norm.running_mean.clone()
     graph(x)
     assert not torch.equal(graph.norm.running_mean, before)
@@ -469,7 +470,7 @@ def test_the_graph_follows_train_and_eval() -> None:
         assert torch.equal(first, graph(x))
     assert torch.equal(graph.norm.running_mean, before)
     twin = copy.deepcopy(graph).train()
-    assert not torch.equal(twin(x), twin(x))
+    assert any(not torch.equal(twin(x), twin(x)) for _ in range(10))
     assert torch.equal(graph(x), first)
 
 

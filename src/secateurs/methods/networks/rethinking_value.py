@@ -9,13 +9,13 @@ pruned model P:
  - Scratch-B: the same for E · F(M)/F(P) epochs, F the cost of a forward pass, so that the
    training costs as much as M's. `cap=2` is the ImageNet rule: at most twice as long.
 
-Fresh weights are drawn as the large model's were, by the task's own function, where that makes
-networks of the pruned shapes (masks leave them alone), else by the rules of `reinitialize`. Under
-a mask their variance is the one that the surviving connections ask for (std = sqrt(2/n), n = kept
-weights of the layer / input channels, as in the public code's weight-level part). F counts
-multiply-accumulates of surviving weights; the public code counts through the zeros and so gives
-masks no extra epochs. Every arm is scored after its last epoch (the public code reports the best
-test epoch).
+Fresh weights are drawn as the large model's were, by the task's own function, and where a tensor
+became smaller, with the spread that this function gives, brought to the inputs that are left; a
+task without such a function leaves it to the rules of `reinitialize`. Under a mask their variance
+is the one that the surviving connections ask for (std = sqrt(2/n), n = kept weights of the layer
+/ input channels, as in the public code's weight-level part). F counts multiply-accumulates of
+surviving weights; the public code counts through the zeros and so gives masks no extra epochs.
+Every arm is scored after its last epoch (the public code reports the best test epoch).
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ def reinitialize(
 
     Args:
         seed: of all draws.
-        drawn: a network of the same shapes, freshly drawn, that takes the place of these rules
-            (but not of that for masked weights).
+        drawn: a fresh network with tensors of the same names, which takes the place of these
+            rules (but not of that for masked weights). A weight that is smaller in `model` is
+            normal, with the spread in `drawn` times sqrt(inputs there / inputs here).
 
     Raises:
         InputError: a layer with parameters of its own knows no reset.
@@ -98,7 +99,7 @@ def reinitialize(
         if drawn is None:
             _reset_layers(model)
         else:
-            model.load_state_dict(drawn.state_dict())
+            _draw_like(model, drawn)
         for name, weight in named_parameters(model, masks).items():
             if sparse_aware and bool(masks[name].any()):
                 weight.normal_(0, sparse_std(masks[name]))
@@ -124,13 +125,25 @@ def _reset_layers(model: nn.Module) -> None:
             module.weight.normal_(0, math.sqrt(2 / fan_out))
 
 
+def _draw_like(model: nn.Module, drawn: nn.Module) -> None:
+    parameters, fresh = dict(model.named_parameters()), drawn.state_dict()
+    for name, tensor in model.state_dict().items():
+        other = fresh[name]
+        if other.shape == tensor.shape:
+            tensor.copy_(other)
+        elif bool((other == other.flatten()[0]).all()):
+            tensor.fill_(other.flatten()[0])
+        elif name in parameters:
+            inputs = (other[0].numel() / tensor[0].numel()) if tensor.ndim > 1 else 1.0
+            tensor.normal_(float(other.mean()), float(other.std()) * math.sqrt(inputs))
+
+
 def drawn_by(task: Task, model: nn.Module, seed: int) -> nn.Module | None:
-    """A fresh network of the task; None where it makes none, or none of `model`'s shapes."""
+    """A fresh network of the task; None where it makes none, or one with other tensors."""
     if isinstance(task.model, nn.Module):
         return None
     fresh = task.fresh_model(seed)
-    shapes = [{n: t.shape for n, t in net.state_dict().items()} for net in (fresh, model)]
-    return fresh if shapes[0] == shapes[1] else None
+    return fresh if fresh.state_dict().keys() == model.state_dict().keys() else None
 
 
 def sparse_std(mask: torch.Tensor) -> float:
