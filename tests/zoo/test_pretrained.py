@@ -120,13 +120,13 @@ def test_refuses(monkeypatch):
 
 
 def test_a_file_of_torch_save_is_read_without_unpickling(tmp_path):
-    state = {"a": torch.randn(3, 4), "n": torch.tensor(7), "b": torch.randn(5)}
+    state = {"a": torch.randn(3, 4), "n": torch.tensor(7), "b": torch.randn(5, 2).t()}
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     read = read_tensors_like(tmp_path / "old.pth", list(state.values()))
     assert all(torch.equal(r, t) for r, t in zip(read, state.values(), strict=True))
     with pytest.raises(InputError, match=r"file old.pth: got 3 tensors"):
         read_tensors_like(tmp_path / "old.pth", [torch.zeros(3, 4)])
-    with pytest.raises(InputError, match="elements"):
+    with pytest.raises(InputError, match="elements|a tensor at"):
         read_tensors_like(tmp_path / "old.pth", [torch.zeros(2, 4), *list(state.values())[1:]])
     torch.save(state, tmp_path / "new.pth")
     with pytest.raises(InputError, match="before 1.6"):

@@ -27,7 +27,7 @@ def read_tensors_like(path: Path, like: Sequence[Tensor]) -> list[Tensor]:
     """The tensors of a file in its order, in the shapes and dtypes of `like`.
 
     Args:
-        like: float32 or int64, contiguous in the file, each in a storage of its own.
+        like: float32 or int64, each in a storage of its own.
 
     Raises:
         InputError: another number of tensors, other sizes, or another form of file.
@@ -37,7 +37,8 @@ def read_tensors_like(path: Path, like: Sequence[Tensor]) -> list[Tensor]:
         operations = [list(pickletools.genops(stream)) for _ in range(PICKLES)]
     except ValueError:
         raise InputError("file", str(path), "tensors as torch.save wrote them before 1.6") from None
-    named = _storages(operations[3])
+    strides = _strides(operations[3])
+    named = list(strides)
     order = [text for _, text, _ in operations[4] if isinstance(text, str)]
     if len(named) != len(like) or sorted(named) != sorted(order):
         shown = described(f"{len(named)} tensors in {len(order)} storages")
@@ -51,17 +52,27 @@ def read_tensors_like(path: Path, like: Sequence[Tensor]) -> list[Tensor]:
         if count != one.numel() or len(data) != count * one.element_size():
             shown = described(f"{count} elements, {len(data)} bytes of them")
             raise InputError(f"file {path.name}", shown, f"{one.numel()} of {one.dtype}")
-        values = np.frombuffer(data, _DTYPES[one.dtype]).copy()
-        found[key] = torch.from_numpy(values).reshape(one.shape)
+        if strides[key][: one.ndim + 1] != [0, *one.shape]:
+            shown = described(f"a tensor at {strides[key]}")
+            raise InputError(f"file {path.name}", shown, f"shape {tuple(one.shape)}")
+        values = torch.from_numpy(np.frombuffer(data, _DTYPES[one.dtype]).copy())
+        found[key] = values.as_strided(one.shape, strides[key][one.ndim + 1 :]).contiguous()
     return [found[key] for key in named]
 
 
-def _storages(operations: Sequence[tuple[pickletools.OpcodeInfo, object, int | None]]) -> list[str]:
-    """The numbers of the storages that a pickled state dict names, in its order."""
-    named, number = [], ""
+def _strides(
+    operations: Sequence[tuple[pickletools.OpcodeInfo, object, int | None]],
+) -> dict[str, list[int]]:
+    """By storage, in the order of a pickled state dict: offset, sizes and strides of its tensor."""
+    found: dict[str, list[int]] = {}
+    number, numbers = "", []
     for opcode, argument, _ in operations:
         if isinstance(argument, str) and argument.isdigit():
             number = argument
-        if opcode.name == "BINPERSID":
-            named.append(number)
-    return named
+        if opcode.name == "BINPERSID":  # storage number `number`; its tensor is described next
+            numbers = found[number] = []
+        if opcode.name in ("BININT", "BININT1", "BININT2", "LONG1") and isinstance(argument, int):
+            numbers.append(argument)
+        if opcode.name in ("NEWFALSE", "NEWTRUE"):
+            numbers = []
+    return found
