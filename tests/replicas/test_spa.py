@@ -1,7 +1,22 @@
 """SPA on the digits: all three times, and what OBSPA's inputs are worth.
 
 Paper: arXiv 2403.18955; its tables could not be reached, so the card's replica is the claim: a
-small convolutional network with batch norm, no training after pruning, means of 3 seeds.
+small convolutional network with batch norm, no training after pruning, means of 3 seeds; 4
+minutes on one core. Measured, the dense network being at 0.990 ± 0.005, by parameters removed:
+
+                            30 %             50 %
+    random                  0.822 ± 0.187    0.621 ± 0.225
+    l1                      0.958 ± 0.039    0.935 ± 0.020
+    l1, compensated         0.992 ± 0.003    0.987 ± 0.002
+    obs                     0.991 ± 0.006    0.988 ± 0.003
+    obs, recalibrated       0.993 ± 0.005    0.987 ± 0.001
+    obs, uniform noise      0.986 ± 0.003    0.959 ± 0.025
+    obs, natural noise      0.986 ± 0.008    0.975 ± 0.003
+    l1, fine-tuned          0.989 ± 0.008    0.988 ± 0.003
+    before training, snip   0.991 ± 0.004    0.989 ± 0.002
+
+The card removes 30 and 50 % of the channels and loses more without compensation; before training
+random channels do as well as scored ones.
 """
 
 import statistics
@@ -16,7 +31,7 @@ from secateurs.zoo.catalog import make_task
 
 pytestmark = pytest.mark.slow
 
-SEEDS, REMOVED = 3, (0.5, 0.75)
+SEEDS, REMOVED = 3, (0.3, 0.5)
 ARMS = {
     "random": {"criterion": "random", "compensation": False, "recalibration": False},
     "l1": {"criterion": "l1", "compensation": False, "recalibration": False},
