@@ -7,6 +7,8 @@ at hand, so their second moments are taken, used and dropped: memory is one Hess
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from secateurs.calibration.moments import Moments, weight_from_matrices, weight_matrices
 from secateurs.calibration.obs import DampedHessian, bundle_costs, damp, remove_columns
+from secateurs.structure.arguments import argument
 from secateurs.structure.axes import Group, Structure
 from secateurs.structure.dimensions import Kept, kept_indices, size_of, units_of
 from secateurs.structure.oracle import DenseWithZeros, interpreted
@@ -30,9 +33,8 @@ def consumer_layer(node: fx.Node, weight: Tensor) -> nn.Module | None:
     if name == "linear":
         layer: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     elif name in _CONVOLUTIONS:
-        values = dict(zip([a.name for a in node.target._schema.arguments], node.args, strict=False))  # type: ignore[union-attr]
-        groups: Any = values.get("groups", 1)
-        options = {k: _each(values[k]) for k in ("stride", "padding", "dilation") if k in values}
+        groups = argument(node, "groups")
+        options = {k: _each(argument(node, k)) for k in ("stride", "padding", "dilation")}
         layer = _CONVOLUTIONS[name](
             weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), groups=groups,
             bias=False, device="meta", **options,
@@ -49,11 +51,12 @@ def _each(value: Any) -> Any:
 
 def _columns(layer: nn.Module, channels: Tensor) -> Tensor:
     """Columns of the weight matrices that belong to input channels (of a group)."""
-    window = layer.weight[0, 0].numel() if layer.weight.ndim > 2 else 1  # type: ignore[index, operator]
+    weight: Any = layer.weight
+    window = math.prod(weight.shape[2:])
     return (channels[:, None] * window + torch.arange(window)).reshape(-1)
 
 
-class _Consumers(DenseWithZeros):
+class _Consumers(DenseWithZeros, ABC):
     """Runs a part and meets its consumers: nodes that multiply with a parameter of the model.
 
     Args:
@@ -73,7 +76,7 @@ class _Consumers(DenseWithZeros):
         if name is not None and self._wanted(name):
             layer = consumer_layer(n, self.parameters[name].detach())
             if layer is None:
-                self._skipped(name, n)
+                self.notes.append(f"{name}: left as it is, {op_name(n)} has no solver")
             else:
                 self._meet(name, layer, self.env[n.args[0]])  # type: ignore[index]
         return super().run_node(n)
@@ -96,14 +99,13 @@ class _Consumers(DenseWithZeros):
             self.notes.append(f"{name}: damping raised from {self.damping:g} to {raised:g}")
         return found
 
+    @abstractmethod
     def _wanted(self, name: str) -> bool:
-        raise NotImplementedError
+        """Whether there is something to do for the consumer with this weight."""
 
+    @abstractmethod
     def _meet(self, name: str, layer: nn.Module, inputs: Tensor) -> None:
-        raise NotImplementedError
-
-    def _skipped(self, name: str, n: fx.Node) -> None:
-        """A consumer that has no solver: left as it is."""
+        """Do it, with the consumer's inputs at hand."""
 
 
 class _Costs(_Consumers):
@@ -154,9 +156,6 @@ class _Compensation(_Consumers):
             )
         ]
         self.parameters[name].data.copy_(weight_from_matrices(layer, torch.stack(solved)))
-
-    def _skipped(self, name: str, n: fx.Node) -> None:
-        self.notes.append(f"{name}: not compensated, {op_name(n)} has no solver")
 
 
 def removal_costs(

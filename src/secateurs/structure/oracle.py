@@ -22,6 +22,13 @@ from torch import Tensor, fx, nn
 from torch.export._tree_utils import reorder_kwargs
 from torch.utils._pytree import tree_leaves
 
+from secateurs.structure.arguments import (
+    Call,
+    argument,
+    argument_of,
+    with_argument,
+    with_size,
+)
 from secateurs.structure.dimensions import Dim, Kept, kept_indices, plain_axes
 from secateurs.structure.parts import Part, replaced
 from secateurs.structure.rewrite import SAME_ELSEWHERE, literal_values
@@ -126,19 +133,10 @@ class DenseWithZeros(fx.Interpreter):
             return value
 
         args, kwargs = fx.map_arg((n.args, n.kwargs), shortened)
-        args, kwargs = list(args), dict(kwargs)
-        names = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
         for literal, new in self.literals.get(n, ()):
-            at = names.index(literal.argument)
-            old = args[at] if at < len(args) else kwargs[literal.argument]
-            value: Any = new
-            if literal.place is not None:
-                value = list(old)
-                value[literal.place] = new
-            if at < len(args):
-                args[at] = value
-            else:
-                kwargs[literal.argument] = value
+            old = argument_of(n, args, kwargs, literal.argument)
+            sized = with_size(old, literal.place, new)
+            args, kwargs = with_argument(n, args, kwargs, literal.argument, sized)
         result = n.target(*args, **kwargs)  # type: ignore[operator]
         full = torch.zeros(n.meta["val"].shape, dtype=result.dtype, device=result.device)
         index = tuple(
@@ -151,25 +149,19 @@ class DenseWithZeros(fx.Interpreter):
         return full
 
 
-def argument_node(node: fx.Node, argument: str) -> fx.Node:
+def argument_node(node: fx.Node, name: str) -> fx.Node:
     """The node that a tensor argument comes from; ``tensors.1`` is one of a list."""
-    name, _, number = argument.partition(".")
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    at = names.index(name)
-    value: Any = node.args[at] if at < len(node.args) else node.kwargs[name]
-    return value[int(number)] if number else value
+    name, _, number = name.partition(".")
+    value = argument(node, name)
+    found: fx.Node = value[int(number)] if number else value
+    return found
 
 
-def _replaced(n: fx.Node, argument: str, args: Any, kwargs: Any, change: Any) -> tuple[Any, Any]:
-    name, _, number = argument.partition(".")
-    names = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
-    at = names.index(name)
-    old = args[at] if at < len(args) else kwargs[name]
-    new = (
-        change(old)
-        if not number
-        else [change(x) if i == int(number) else x for i, x in enumerate(old)]
-    )
-    if at < len(args):
-        return (*args[:at], new, *args[at + 1 :]), kwargs
-    return args, {**kwargs, name: new}
+def _replaced(n: fx.Node, name: str, args: Any, kwargs: Any, change: Any) -> Call:
+    name, _, number = name.partition(".")
+    old = argument_of(n, args, kwargs, name)
+    if number:
+        new = [change(x) if i == int(number) else x for i, x in enumerate(old)]
+    else:
+        new = change(old)
+    return with_argument(n, args, kwargs, name, new)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from secateurs.structure.arguments import argument, with_argument, with_size
 from secateurs.structure.dimensions import Axis, shortened_size, size_of
 from secateurs.structure.parts import Part, replaced
 from secateurs.structure.rules import Literal, op_name
@@ -110,18 +111,9 @@ def _rewritten(
     return RewrittenGraph(root, graph)
 
 
-def _set_argument(node: fx.Node, argument: str, place: int | None, value: int) -> None:
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    at = names.index(argument)
-    old: Any = node.args[at] if at < len(node.args) else node.kwargs[argument]
-    new: Any = value
-    if place is not None:
-        new = list(old)
-        new[place] = value
-    if at < len(node.args):
-        node.args = (*node.args[:at], new, *node.args[at + 1 :])
-    else:
-        node.kwargs = {**node.kwargs, argument: new}
+def _set_argument(node: fx.Node, name: str, place: int | None, value: int) -> None:
+    new = with_size(argument(node, name), place, value)
+    node.args, node.kwargs = with_argument(node, node.args, node.kwargs, name, new)
 
 
 def _carry(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.errors import InputError, described, require
+from secateurs.structure.arguments import argument
 from secateurs.structure.batch import free_batch
 from secateurs.structure.dimensions import Axis, Kept, kept_indices, plain_axes, shortened_size
 from secateurs.structure.oracle import expected_outputs
@@ -331,28 +332,27 @@ def _candidates(
         size = shortened_size(dims[1], _counter(units))
         if size != getattr(modules[path], attribute):
             certain.setdefault(path, {})[attribute] = size
-    for (node, argument), listed in lists.items():
+    for (node, listed_name), listed in lists.items():
         path = called[executed_by(node)]
-        _whole_lists(modules[path], node, argument, listed, certain.setdefault(path, {}))
+        _whole_lists(modules[path], node, listed_name, listed, certain.setdefault(path, {}))
     return certain, {k: v for k, v in by_literal.items() if v}
 
 
 def _whole_lists(
     module: nn.Module,
     node: Any,
-    argument: str,
+    argument_name: str,
     changes: list[tuple[Any, int, int]],
     certain: dict[str, Any],
 ) -> None:
     """A list of sizes that is an attribute as a whole, such as those of a split."""
-    names = [a.name for a in node.target._schema.arguments]
-    at = names.index(argument)
-    old = list(node.args[at] if at < len(node.args) else node.kwargs[argument])
+    old = list(argument(node, argument_name))
     new = list(old)
     for literal, _, value in changes:
         new[literal.place] = value
     for name, value in vars(module).items():
-        telling = len(old) > 1 or name == argument  # (8,) may be anything, not so (8, 8, 16)
+        # (8,) may be anything, not so (8, 8, 16)
+        telling = len(old) > 1 or name == argument_name
         if isinstance(value, tuple | list) and telling and list(value) == old:
             certain[name] = new
 
