@@ -90,9 +90,30 @@ def test_why_a_batch_is_fixed_is_told(tmp_path):
         export_onnx(ByTheBatch(), torch.randn(2, 6), tmp_path / "n.onnx", dynamic_batch=True)
 
 
+class Particular(nn.Module):
+    """Refuses other batches than 2, but not while it is exported."""
+
+    def forward(self, x):
+        if not torch.compiler.is_exporting() and len(x) != 2:
+            raise ValueError("2 samples, please")
+        return x + 1
+
+
+def test_a_model_that_refuses_other_batches_gets_a_fixed_one(tmp_path):
+    found = export_onnx(Particular(), torch.randn(2, 3), tmp_path / "m.onnx")
+    assert not found.dynamic_batch
+    assert "ValueError: 2 samples, please" in found.fixed_because
+
+
 class Unexportable(nn.Module):
     def forward(self, x):
         return torch.linalg.eigvals(x).real
+
+
+def test_an_opset_that_torch_does_not_write_is_not_replaced_by_another(small, images, tmp_path):
+    with pytest.raises(ConversionError, match=r"wrote opset \d+, not 7"):
+        export_onnx(small, images, tmp_path / "m.onnx", opset=7)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_the_exporter_cannot_is_told(tmp_path):
@@ -108,6 +129,8 @@ def test_refuses(small, images, tmp_path):
         export_onnx(small, images, tmp_path)
     with pytest.raises(InputError, match="example_inputs"):
         export_onnx(small, [], tmp_path / "m.onnx")
+    with pytest.raises(InputError, match="opset: got 99"):
+        export_onnx(small, images, tmp_path / "m.onnx", opset=99)
     with pytest.raises(InputError, match="tolerance"):
         export_onnx(small, images, tmp_path / "m.onnx", tolerance=0)
 

@@ -95,9 +95,10 @@ def test_a_model_that_fails_is_reported_too():
 
 def test_rows_are_plain():
     found = compare_latency(Sleeping(0), Sleeping(0), X, engines=["eager"], repeats=2)
-    [row] = json.loads(json.dumps(latency_rows(found)))
-    assert row["engine"] == "eager"
+    [row] = json.loads(json.dumps(latency_rows(found, 0.5)))
+    assert (row["engine"], row["promised"]) == ("eager", 0.5)
     assert row["ratio"] > 0
+    assert row["dense"]["repeats"] == 2
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,18 @@ def many():
     return out
 
 
+@pytest.fixture
+def timed():
+    """Rows of two engines, of which one failed."""
+    pruned = {"median": 0.105, "low": 0.1, "high": 0.11, "repeats": 30}
+    ours = {"engine": "onnxruntime", "promised": 0.1, "dense": LATENCY, "pruned": pruned}
+    none = {"engine": "compile", "promised": 0.1, "dense": None, "pruned": None}
+    return [
+        {**ours, "ratio": 0.5, "low": 0.45, "high": 0.55, "failure": ""},
+        {**none, "ratio": None, "low": None, "high": None, "failure": "no compiler"},
+    ]
+
+
 EVENTS = [
     {"event": "train", "at": stage, "stage": "train", "step": step, "loss": 2.0 / (step + 1)}
     for stage in ("0-train", "1-prune")

@@ -11,6 +11,7 @@ from secateurs.report.console import (
     methods_table,
     outcome_table,
 )
+from secateurs.report.headline import ENGINES
 from secateurs.report.leaderboard import leaderboard, row_of
 
 from .conftest import changed
@@ -28,6 +29,12 @@ def test_one_outcome(outcome):
     assert "not zero 1.10k 200 5.5× less" in text
     assert "latency measured 0.21 ms ± 0.01 0.21 ms ± 0.01 1× as fast" in text
     assert "zeros in dense tensors are still multiplied" in text
+
+
+def test_engines_that_were_timed_have_a_row(outcome, timed):
+    text = shown(outcome_table([changed(outcome, tables={ENGINES: timed})]))
+    assert "in onnxruntime 0.21 ms ± 0.01 0.105 ms ± 0.005 2× as fast" in text
+    assert "compile" not in text
 
 
 def test_an_outcome_without_measurements(bare):

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from secateurs.errors import InputError
-from secateurs.report.headline import headline
+from secateurs.report.headline import ENGINES, headline
 from secateurs.report.html import bound, grouped, labelled, records_table, write_report
 from secateurs.report.leaderboard import leaderboard, row_of
 
@@ -120,6 +120,18 @@ def test_latency_none(tmp_path, outcome):
     assert "No latency was measured" in report.text
     assert "Promised and measured" not in report.text
     assert "Latency, measured" not in report.text
+
+
+def test_promised_macs_stand_beside_the_time_in_every_engine(tmp_path, outcome, timed):
+    outcome["tables"] = {ENGINES: timed}
+    report = read(write_report(tmp_path / "a.html", title="t", outcomes=[outcome]))
+    for words in (
+        "Promised and measured, by engine",
+        "onnxruntime 0.1× 0.21 ms ± 0.01 0.105 ms ± 0.005 0.5× 0.45 to 0.55×",
+        "compile 0.1× not timed not timed – –",
+        "compile: no compiler.",
+    ):
+        assert words in report.text, words
 
 
 def test_a_missed_budget_is_seen(tmp_path, outcome):

@@ -77,6 +77,11 @@ def test_latency(median, low, high, text):
     assert numbers.latency({"median": median, "low": low, "high": high, "repeats": 3}) == text
 
 
+def test_a_spread_wider_than_the_median_does_not_round_it_away():
+    wide = {"median": 0.29, "low": 0.24, "high": 4.04, "repeats": 30}
+    assert numbers.latency(wide) == "0.3 ms ± 1.9"
+
+
 def test_latency_that_was_not_measured():
     assert numbers.latency(None) == numbers.milliseconds(None) == "–"
 

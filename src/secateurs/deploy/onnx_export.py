@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from secateurs.deploy.onnx_session import (
     TOLERANCE,
     OnnxSession,
+    first_line,
     largest_difference,
     output_tensors,
 )
@@ -72,18 +73,22 @@ def export_onnx(
             the first dimension of the first tensor is the batch.
         path: of the file.
         dynamic_batch: leave the batch free: True insists, False fixes it, None tries.
-        opset: version of the operations; that of torch's exporter where None.
+        opset: version of the operations; that of torch's exporter where None. It can write
+            versions from its own up, and some models in earlier ones.
         tolerance: largest accepted difference to PyTorch, relative to the largest output.
 
     Raises:
-        InputError: no tensors in the inputs, no such folder, or ONNX is not installed.
+        InputError: no tensors in the inputs, no such folder or opset, or ONNX is not installed.
         ConversionError: the model cannot be exported (the exporter's reason is told), ONNX
             Runtime refuses it, or its outputs differ by more than the tolerance.
     """
     target = Path(path)
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+    for name in ("onnxscript", "onnxruntime"):
         library(name, "onnx")
     require(tolerance > 0, "tolerance", tolerance, "a number above 0")
+    newest = library("onnx", "onnx").defs.onnx_opset_version()
+    known = opset is None or 1 <= opset <= newest
+    require(known, "opset", opset, f"from 1 to {newest}, the newest that onnx has")
     require(target.parent.is_dir(), "path", str(path), "a file in an existing folder")
     require(not target.is_dir(), "path", str(path), "a file, not a folder")
     if not output_tensors(example_inputs):
@@ -158,7 +163,10 @@ def _export(
             program.save(path)
     except Exception as error:
         raise ConversionError(f"torch.onnx.export failed: {_root_cause(error)}") from None
-    return int(program.model.opset_imports[""])
+    written = int(program.model.opset_imports[""])
+    if opset not in (None, written):
+        raise ConversionError(f"torch.onnx.export wrote opset {written}, not {opset}")
+    return written
 
 
 def _free_batch(inputs: Any) -> Any:
@@ -191,13 +199,16 @@ def _checked(
     """Largest absolute and relative difference between the file and the model.
 
     Raises:
-        ConversionError: it is above the tolerance; the output is named.
+        ConversionError: it is above the tolerance (the output is named), or either does not run.
     """
     session = OnnxSession(path)
     worst = (0.0, 0.0)
     for inputs in batches:
-        with torch.no_grad():
-            expected = output_tensors(forward(model, inputs))
+        try:
+            with torch.no_grad():
+                expected = output_tensors(forward(model, inputs))
+        except Exception as error:
+            raise ConversionError(f"the model does not run: {first_line(error)}") from None
         given = session(inputs)
         absolute, relative = largest_difference(given, expected)
         if relative > tolerance:

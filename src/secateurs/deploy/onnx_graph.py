@@ -8,6 +8,7 @@ inferred for one size of every free dimension: what onnx2torch reads from them i
 from __future__ import annotations
 
 import hashlib
+import keyword
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -38,6 +39,7 @@ class OnnxGraph:
 
     Raises:
         InputError: there is no such dimension, or its size is below 1.
+        ConversionError: two inputs have the same name in Python, or a batch norm is in training.
     """
 
     def __init__(self, proto: Any, sizes: Mapping[str, int]) -> None:
@@ -49,6 +51,11 @@ class OnnxGraph:
         weights = {tensor.name for tensor in proto.graph.initializer}
         self._inputs = [value for value in proto.graph.input if value.name not in weights]
         self.symbols = {value.name: _symbols(value) for value in self._inputs}
+        spelled: dict[str, str] = {}
+        for name in self.symbols:
+            other = spelled.setdefault(identifier(name), name)
+            if other != name:
+                raise ConversionError(f"inputs {other!r} and {name!r} are the same name in Python")
         self._shapes = {value.name: _dims(value) for value in self._inputs}
         self.sizes = self._checked(sizes)
         self._constants_to_weights()
@@ -180,34 +187,38 @@ class OnnxGraph:
             value.type.tensor_type.ClearField("shape")
 
     def _drop_unread_outputs(self) -> None:
-        """Second outputs that nobody reads (the mask of a dropout) are none."""
+        """Second outputs that nobody reads (the mask of a dropout) are none.
+
+        Those of a split stay: their number says how large the parts are.
+        """
         graph = self.proto.graph
         read = {name for node in graph.node for name in node.input}
         read |= {value.name for value in graph.output}
         for node in graph.node:
-            while len(node.output) > 1 and node.output[-1] not in read:
+            while node.op_type != "Split" and len(node.output) > 1 and node.output[-1] not in read:
                 node.output.pop()
 
     def _outputs_of_their_own(self) -> None:
-        """An output that is an input, a weight or one of several results gets a node of its own."""
+        """An output that is an input, a weight, one of several results or twice one gets a node."""
         import onnx
 
         graph = self.proto.graph
         producers = {name: node for node in graph.node for name in node.output}
-        for value in graph.output:
+        inside: dict[str, str] = {}
+        for number, value in enumerate(graph.output):
             name = value.name
             node = producers.get(name)
-            if node is not None and len(node.output) == 1:
-                continue
-            inner = name if node is None else f"{name}/inner"
-            if node is not None:
-                for place, own in enumerate(node.output):
-                    node.output[place] = inner if own == name else own
-                for reader in graph.node:
-                    for place, own in enumerate(reader.input):
-                        reader.input[place] = inner if own == name else own
-            value.name = f"{name}/outer"
-            graph.node.append(onnx.helper.make_node("Identity", [inner], [value.name]))
+            if name not in inside:
+                if node is not None and len(node.output) == 1:
+                    inside[name] = name
+                    continue
+                inside[name] = name if node is None else f"{name}/inner"
+                for one in graph.node if node is not None else ():
+                    for names in (one.input, one.output):
+                        for place, own in enumerate(names):
+                            names[place] = inside[name] if own == name else own
+            value.name = f"{name}/outer{number}"
+            graph.node.append(onnx.helper.make_node("Identity", [inside[name]], [value.name]))
 
     def _repair(self, node: Any) -> None:
         while node.input and not node.input[-1]:
@@ -217,9 +228,16 @@ class OnnxGraph:
         attributes = {a.name: a for a in node.attribute}
         if node.op_type in ("Conv", "MaxPool", "AveragePool"):
             self._explicit_padding(node, attributes)
+        if node.op_type == "ConvTranspose":
+            self._explicit_cutting(node, attributes)
+        if node.op_type == "BatchNormalization" and _integer(attributes, "training_mode"):
+            raise ConversionError(
+                f"BatchNormalization {node.name!r} normalises by the batch (training_mode=1): "
+                "export the model in evaluation mode"
+            )
         if node.op_type == "Resize" and len(node.input) == 2:
             node.op_type = "Upsample"  # of opset 10, which has neither roi nor sizes
-        plain = node.op_type == "Conv" and all(n in self.weights for n in node.input[1:])
+        plain = node.op_type in ("Conv", "ConvTranspose") and self._even(node)
         plain = plain or "broadcast" in attributes  # of opset 6
         if node.op_type in OURS and not plain:
             node.domain = DOMAIN
@@ -231,7 +249,7 @@ class OnnxGraph:
         if auto is None or not auto.s.startswith(b"SAME") or not shape or 0 in shape:
             return
         kernel = _integers(attributes, "kernel_shape")
-        kernel = kernel or list(self.weights[node.input[1]].dims[2:])
+        kernel = kernel or self._sizes(node.input[1])[2:]
         ones = [1] * len(kernel)
         strides = _integers(attributes, "strides") or ones
         dilations = _integers(attributes, "dilations") or ones
@@ -245,6 +263,46 @@ class OnnxGraph:
             if name in attributes:
                 node.attribute.remove(attributes[name])
         node.attribute.add(name="pads", ints=[*before, *after], type=7)
+
+    def _explicit_cutting(self, node: Any, attributes: Mapping[str, Any]) -> None:
+        """output_shape and auto_pad=SAME_* of a transposed convolution as what is cut off."""
+        auto = attributes["auto_pad"].s if "auto_pad" in attributes else b"NOTSET"
+        wanted = _integers(attributes, "output_shape")
+        shape = self._known.get(node.input[0], [])[2:]
+        if not (wanted or auto.startswith(b"SAME")) or not shape or 0 in shape:
+            return
+        rank = len(shape)
+        ones, none = [1] * rank, [0] * rank
+        kernel = _integers(attributes, "kernel_shape") or self._sizes(node.input[1])[2:]
+        strides = _integers(attributes, "strides") or ones
+        dilations = _integers(attributes, "dilations") or ones
+        further = _integers(attributes, "output_padding") or none
+        wanted = wanted[-rank:] or [n * s for n, s in zip(shape, strides, strict=True)]
+        before, after = [], []
+        for axis in range(rank):
+            reach = dilations[axis] * (kernel[axis] - 1) + 1
+            whole = strides[axis] * (shape[axis] - 1) + reach + further[axis]
+            total = max(whole - wanted[axis], 0)
+            further[axis] += max(wanted[axis] - whole, 0)
+            first = total // 2 if auto == b"SAME_UPPER" else total - total // 2
+            before.append(first)
+            after.append(total - first)
+        for name in ("auto_pad", "pads", "output_shape", "output_padding"):
+            if name in attributes:
+                node.attribute.remove(attributes[name])
+        node.attribute.add(name="pads", ints=[*before, *after], type=7)
+        node.attribute.add(name="output_padding", ints=further, type=7)
+
+    def _sizes(self, name: str) -> list[int]:
+        """Sizes of a weight, or of a value as far as they are known."""
+        return list(self.weights[name].dims) if name in self.weights else self._known.get(name, [])
+
+    def _even(self, node: Any) -> bool:
+        """Whether a convolution has constant weights and, if transposed, equal pads both sides."""
+        constant = all(name in self.weights for name in node.input[1:])
+        pads = next((list(a.ints) for a in node.attribute if a.name == "pads"), [])
+        half = len(pads) // 2
+        return constant and (node.op_type == "Conv" or pads[:half] == pads[half:])
 
     def _name_nodes(self) -> None:
         """Nodes are called as the layers were whose weights they have."""
@@ -272,9 +330,10 @@ class OnnxGraph:
 
 
 def identifier(name: str) -> str:
-    """A name as Python takes it for an argument."""
+    """A name as Python takes it for an argument of a method."""
     plain = re.sub(r"\W", "_", name)
-    return f"_{plain}" if not plain or plain[0].isdigit() else plain
+    taken = keyword.iskeyword(plain) or plain == "self"
+    return f"_{plain}" if taken or not plain or plain[0].isdigit() else plain
 
 
 def content(tensor: Tensor) -> str:
@@ -318,3 +377,7 @@ def _constant(node: Any) -> Any:
 
 def _integers(attributes: Mapping[str, Any], name: str) -> list[int]:
     return list(attributes[name].ints) if name in attributes else []
+
+
+def _integer(attributes: Mapping[str, Any], name: str) -> int:
+    return int(attributes[name].i) if name in attributes else 0

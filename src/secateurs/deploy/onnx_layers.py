@@ -377,10 +377,10 @@ class _Settling:
         if len(slots) == 3:
             if not self._settles(slots[2]):
                 return False
-            value = self.trial.values[slots[2]][0]
-            if value.shape != (len(weight),) and value.numel() != 1:
+            value, width = self.trial.values[slots[2]][0], len(weight)
+            if value.shape not in ((width,), (1, width)) and value.numel() != 1:
                 return False
-            bias = options["beta"] * value.expand(len(weight))
+            bias = options["beta"] * value.flatten().expand(width)
         self._linear(node, slots[0], weight, bias)
         return True
 
@@ -436,7 +436,8 @@ class _Settling:
         if operation.options["axis"] != -1 or not constant:
             return False
         vectors = [self.trial.values[s][0] for s in slots[1:]]
-        if any(v.ndim != 1 or v.shape != vectors[0].shape for v in vectors):
+        width = self.trial.shapes[slots[0]][-1:]
+        if any(v.shape != width for v in vectors):
             return False
         layer = nn.LayerNorm(len(vectors[0]), operation.options["eps"], bias=len(vectors) == 2)
         for parameter, values in zip((layer.weight, layer.bias), vectors, strict=False):

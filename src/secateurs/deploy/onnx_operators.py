@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,17 +35,26 @@ SAME_MEANING = (
     "Softsign", "Tan",
 )  # fmt: skip
 """Versions of these after the newest that onnx2torch has admit more types and nothing else."""
+SAME_BEFORE = {
+    "BatchNormalization": (7, 9),
+    "Dropout": (7, 10),
+    "IsNaN": (9, 13),
+    "NonZero": (9, 13),
+}
+"""A version that onnx2torch lacks, and the later one that computes the same outside training."""
 
 
-def reshape(x: Tensor, shape: Integers) -> Tensor:
-    """Another shape; 0 keeps a dimension, −1 takes the rest."""
+def reshape(x: Tensor, shape: Integers, *, allow_zero: bool = False) -> Tensor:
+    """Another shape; 0 keeps a dimension (unless zeros are allowed), −1 takes the rest."""
+    if allow_zero:
+        return torch.reshape(x, tuple(shape))
     kept = [x.shape[i] if isinstance(n, int) and n == 0 else n for i, n in enumerate(shape)]
     return torch.reshape(x, kept)
 
 
 def flatten(x: Tensor, *, axis: int) -> Tensor:
     """A matrix: the dimensions before the axis, and those from it on."""
-    if axis == 1:
+    if axis == 1 and x.ndim > 1:
         return x.flatten(1)
     return x.reshape(x.shape[:axis].numel(), -1)
 
@@ -68,8 +78,10 @@ def cut(
         if step > 0:
             x = torch.ops.aten.slice.Tensor(x, axis, start, end, step)
         else:
-            chosen = range(x.shape[axis])[slice(start, None if end < -x.shape[axis] else end, step)]
-            x = x.index_select(axis, torch.tensor(list(chosen), device=x.device))
+            size = x.shape[axis]
+            first = min(start, size - 1) if start >= 0 else max(start + size, 0)
+            chosen = range(first, end if end >= 0 else max(end + size, -1), step)
+            x = x.index_select(axis, torch.tensor(list(chosen), dtype=torch.long, device=x.device))
     return x
 
 
@@ -146,22 +158,36 @@ def pad(
     after = dict(zip(places, pads[len(places) :], strict=True))
     amounts = [(before.get(a, 0), after.get(a, 0)) for a in reversed(range(x.ndim))]
     if mode != "constant":
-        # torch reflects and repeats in the last dimensions only
-        amounts = amounts[: x.ndim - 2]
-        return F.pad(x, [n for pair in amounts for n in pair], mode)
+        spatial, outer = amounts[: max(x.ndim - 2, 0)], amounts[max(x.ndim - 2, 0) :]
+        if 3 <= x.ndim <= 5 and not any(map(any, outer)):
+            return F.pad(x, [n for pair in spatial for n in pair], mode)
+        for axis, (first, last) in enumerate(reversed(amounts)):
+            x = _padded(x, axis, first, last, mode) if first or last else x
+        return x
     fill = value.item() if isinstance(value, Tensor) else value
     return F.pad(x, [n for pair in amounts for n in pair], "constant", fill)
+
+
+def _padded(x: Tensor, axis: int, first: int, last: int, mode: str) -> Tensor:
+    """Values before and after any one axis; torch has only the last ones."""
+    size = x.shape[axis]
+    places = torch.arange(-first, size + last, device=x.device)
+    if mode == "reflect":
+        period = max(2 * (size - 1), 1)
+        places = places.remainder(period)
+        places = torch.minimum(places, period - places)
+    elif mode == "replicate":
+        places = places.clamp(0, size - 1)
+    return x.index_select(axis, places.remainder(size))
 
 
 def reduce(
     x: Tensor, axes: Integers | None = None, *, kind: str, keep: bool, skip_empty: bool = False
 ) -> Tensor:
-    """A sum, mean, maximum ... over some axes, or over all."""
-    if not axes:
-        if skip_empty:
-            return x
-        axes = range(x.ndim)
-    dims = tuple(axes)
+    """A sum, mean, maximum ... over some axes; without any over all, or of each element alone."""
+    if not axes and skip_empty:
+        return OF_EACH[kind](x) if kind in OF_EACH else x
+    dims = tuple(axes or range(x.ndim))
     if kind == "ReduceProd":
         for axis in sorted((a % x.ndim for a in dims), reverse=True):
             x = x.prod(axis, keepdim=keep)
@@ -180,6 +206,13 @@ REDUCTIONS: dict[str, Callable[[Tensor, tuple[int, ...], bool], Tensor]] = {
     "ReduceSum": lambda x, dims, keep: x.sum(dims, keep),
     "ReduceSumSquare": lambda x, dims, keep: x.square().sum(dims, keep),
 }
+OF_EACH: dict[str, Callable[[Tensor], Tensor]] = {
+    "ReduceL1": torch.abs,
+    "ReduceL2": torch.abs,
+    "ReduceLogSum": torch.log,
+    "ReduceSumSquare": torch.square,
+}
+"""Reductions over no axes at all that are not the identity."""
 
 
 def resize(
@@ -190,25 +223,131 @@ def resize(
     *,
     mode: str,
     coordinates: str,
-    nearest: str,
-    antialias: bool,
+    nearest: str = "round_prefer_floor",
+    antialias: bool = False,
     axes: Integers | None = None,
+    cubic: float = -0.75,
+    inside: bool = False,
 ) -> Tensor:
-    """Interpolation of the dimensions after batch and channels."""
+    """Interpolation along any axes.
+
+    Args:
+        scales, sizes: of the axes (all), one of the two.
+        mode: ``nearest``, ``linear`` or ``cubic``; `coordinates` and `nearest` as ONNX has them.
+        cubic: coefficient of the cubic kernel.
+        inside: places outside weigh nothing, instead of what the edge has.
+    """
     places = range(x.ndim) if axes is None else [a % x.ndim for a in axes]
     target: list[Any] = list(x.shape)
-    if sizes:
-        for place, size in zip(places, sizes, strict=True):
-            target[place] = size
-    else:
-        for place, scale in zip(places, scales or (), strict=True):
-            target[place] = int(scale * x.shape[place])
+    factors = [1.0] * x.ndim
+    for number, place in enumerate(places):
+        size = x.shape[place]
+        if sizes:
+            target[place] = sizes[number]
+            factors[place] = sizes[number] / size
+        elif scales:
+            factors[place] = factor = scales[number]
+            # ONNX Runtime multiplies in float32
+            whole = float(factor).is_integer()
+            target[place] = int(factor) * size if whole else int(np.float32(factor) * size)
+    plain = _torch_mode(x, target, factors, mode, coordinates, nearest)
+    # torch's kernels: with antialias it looks at no place outside
+    own = inside == antialias and (mode != "cubic" or cubic == (-0.5 if antialias else -0.75))
+    if plain is not None and own:
+        corners = None if mode == "nearest" else coordinates == "align_corners"
+        return F.interpolate(x, target[2:], mode=plain, align_corners=corners, antialias=antialias)
+    if antialias:
+        raise NotImplementedError(
+            f"antialias at {coordinates} coordinates, exclude_outside={int(inside)}, "
+            f"cubic_coeff_a={cubic:g}"
+        )
+    for axis in range(x.ndim):
+        if factors[axis] != 1:
+            at = _sources(x.shape[axis], target[axis], factors[axis], coordinates)
+            x = _interpolated(x, axis, at, mode, nearest, cubic, inside)
+    return x
+
+
+def _torch_mode(
+    x: Tensor,
+    target: Sequence[Any],
+    factors: Sequence[float],
+    mode: str,
+    coordinates: str,
+    nearest: str,
+) -> str | None:
+    """What torch calls an interpolation; None where it has none that computes the same."""
+    if not 3 <= x.ndim <= 5 or any(factor != 1 for factor in factors[:2]):
+        return None
+    sides = list(zip(x.shape[2:], target[2:], factors[2:], strict=True))
+    if any(after != before * factor for before, after, factor in sides):
+        return None  # the factor is not that of the sizes
     if mode == "nearest":
-        plain = (nearest, coordinates) == ("floor", "asymmetric")
-        return F.interpolate(x, target[2:], mode="nearest" if plain else "nearest-exact")
-    name = {3: "linear", 4: "bilinear", 5: "trilinear"}[x.ndim] if mode == "linear" else "bicubic"
-    corners = coordinates == "align_corners"
-    return F.interpolate(x, target[2:], mode=name, align_corners=corners, antialias=antialias)
+        whole = all(float(factor).is_integer() for factor in factors)
+        floor = (nearest, coordinates) == ("floor", "asymmetric")
+        rounded = nearest.startswith("round") and coordinates.endswith("half_pixel")
+        return "nearest" if whole and floor else "nearest-exact" if whole and rounded else None
+    if coordinates == "asymmetric" or (mode == "cubic" and x.ndim != 4):
+        return None
+    if coordinates == "pytorch_half_pixel" and any(after == 1 for after in target[2:]):
+        return None
+    return {3: "linear", 4: "bilinear", 5: "trilinear"}[x.ndim] if mode == "linear" else "bicubic"
+
+
+def _sources(before: int, after: int, factor: float, coordinates: str) -> Tensor:
+    """Where along an axis the values of a resized one come from, in float32 as ONNX Runtime has."""
+    at, scale = torch.arange(after, dtype=torch.float32), torch.tensor(factor)
+    if coordinates == "align_corners":
+        return at * (before - 1) / (after - 1) if after > 1 else at
+    if coordinates == "asymmetric":
+        return at / scale
+    if coordinates == "pytorch_half_pixel" and after == 1:
+        return at
+    return (at + 0.5) / scale - 0.5
+
+
+def _interpolated(
+    x: Tensor, axis: int, at: Tensor, mode: str, nearest: str, cubic: float, inside: bool
+) -> Tensor:
+    """Values at places between those of an axis, as weighted sums of their neighbours."""
+    last = x.shape[axis] - 1
+    if mode == "nearest":
+        rounded = {
+            "floor": at.floor(),
+            "ceil": at.ceil(),
+            "round_prefer_floor": (at - 0.5).ceil(),
+            "round_prefer_ceil": (at + 0.5).floor(),
+        }[nearest]
+        return x.index_select(axis, rounded.clamp(0, last).long().to(x.device))
+    at = at.clamp(0, last) if mode == "linear" else at
+    first = at.floor()
+    neighbours = [first + step for step in ((0, 1) if mode == "linear" else (-1, 0, 1, 2))]
+    distances = [(at - place).abs() for place in neighbours]
+    weights = [1 - d if mode == "linear" else _cubic(d, cubic) for d in distances]
+    if inside:
+        weights = [
+            w.where((place >= 0) & (place <= last), 0.0)
+            for w, place in zip(weights, neighbours, strict=True)
+        ]
+        total = sum(weights[1:], weights[0])
+        weights = [w / total for w in weights]
+    shape = [-1 if place == axis else 1 for place in range(x.ndim)]
+    parts = [
+        x.index_select(axis, place.clamp(0, last).long().to(x.device)) * w.to(x).view(shape)
+        for place, w in zip(neighbours, weights, strict=True)
+    ]
+    return sum(parts[1:], parts[0])
+
+
+def _cubic(d: Tensor, a: float) -> Tensor:
+    """Keys' kernel at distances of 0 to 2."""
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    return near.where(d <= 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a)
+
+
+def upsample(x: Tensor, scales: Sequence[float], *, mode: str) -> Tensor:
+    """The interpolation of early opsets, ``nearest`` or ``linear``."""
+    return resize(x, None, scales, mode=mode, coordinates="asymmetric", nearest="floor")
 
 
 def take(x: Tensor, indices: Any, *, axis: int) -> Tensor:
@@ -223,6 +362,11 @@ def take(x: Tensor, indices: Any, *, axis: int) -> Tensor:
     if places.ndim == 1:
         return picked
     return picked.reshape(x.shape[:axis] + places.shape + x.shape[axis + 1 :])
+
+
+def take_elements(x: Tensor, indices: Tensor, *, axis: int) -> Tensor:
+    """Single elements along an axis; places may be counted from the end."""
+    return x.gather(axis, torch.where(indices < 0, indices + x.shape[axis], indices).long())
 
 
 def scatter_nd(data: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
@@ -276,10 +420,19 @@ def space_to_depth(x: Tensor, *, block: int) -> Tensor:
 
 
 def one_hot(indices: Tensor, depth: Any, values: Tensor, *, axis: int) -> Tensor:
-    """`values[1]` at the indices along a new axis of size `depth`, `values[0]` elsewhere."""
-    size = depth if isinstance(depth, int) else depth[0]
-    chosen = F.one_hot(indices.long() % size, size).movedim(-1, axis).bool()
+    """`values[1]` at the indices along a new axis of size `depth`, `values[0]` elsewhere.
+
+    Indices from −depth to −1 count from the end; others are nowhere.
+    """
+    size = int(depth if isinstance(depth, int | float) else depth[0])
+    places = torch.where(indices < 0, indices + size, indices)[..., None]
+    chosen = (places == torch.arange(size, device=indices.device)).movedim(-1, axis)
     return torch.where(chosen, values[1], values[0])
+
+
+def places_of_nonzero(x: Tensor) -> Tensor:
+    """(rank, count): where values are not zero, a place a column."""
+    return x.nonzero().T
 
 
 def clip(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
@@ -357,24 +510,32 @@ def pool(
     ceil: bool,
     count_pads: bool,
 ) -> Tensor:
-    """Maximum or mean of windows; the mean is over all places, or over those not padded."""
+    """Maximum or mean of windows; the mean is over all places, or over those not padded.
+
+    With `ceil`, a last window may reach over the end, but must begin before the padding there.
+    """
     rank = len(kernel)
     before, after = pads[:rank], pads[rank:]
     around = [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
     even = before == after and all(2 * p <= k for p, k in zip(before, kernel, strict=True))
     inner = tuple(before) if even else (0,) * rank
+    kept: list[Any] = [...]
+    for size, start, stride in zip(x.shape[2:], before, strides, strict=True):
+        # of the windows that torch makes over explicit padding, those that begin before its end
+        kept.append(slice(-(-(size + start) // stride)) if ceil and not even else slice(None))
     if largest:
         x = x if even else F.pad(x, around, value=-math.inf)
         return (F.max_pool1d, F.max_pool2d, F.max_pool3d)[rank - 1](
             x, tuple(kernel), tuple(strides), inner, tuple(dilations), ceil
-        )
+        )[tuple(kept)]
     mean = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
     if even:
         return mean(x, tuple(kernel), tuple(strides), inner, ceil, count_pads)
-    share = mean(F.pad(x, around), tuple(kernel), tuple(strides), 0, ceil)
+    window = tuple(kernel), tuple(strides), 0, ceil
+    share = mean(F.pad(x, around), *window)[tuple(kept)]
     if count_pads:
         return share
-    return share / mean(F.pad(torch.ones_like(x), around), tuple(kernel), tuple(strides), 0, ceil)
+    return share / mean(F.pad(torch.ones_like(x), around), *window)[tuple(kept)]
 
 
 def gemm(
@@ -413,6 +574,28 @@ def convolve(
     function = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
     around = tuple(strides or [1]), tuple(pads or [0]), tuple(dilations or [1])
     return function(x, weight, bias, *around, groups)
+
+
+def convolve_transposed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    strides: Integers,
+    pads: Integers,
+    dilations: Integers,
+    output_padding: Integers,
+    groups: int,
+) -> Tensor:
+    """A transposed convolution of which `pads` are cut off, first all starts, then all ends."""
+    rank = weight.ndim - 2
+    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
+    y = function(
+        x, weight, bias, tuple(strides), 0, tuple(output_padding), groups, tuple(dilations)
+    )
+    for axis, (first, last) in enumerate(zip(pads[:rank], pads[rank:], strict=True), 2):
+        y = y.narrow(axis, first, y.shape[axis] - first - last)
+    return y
 
 
 def gelu(x: Tensor, *, approximate: str) -> Tensor:
@@ -491,27 +674,19 @@ def _resize(at: Attributes, outputs: int) -> Operation:
     coordinates = at.get("coordinate_transformation_mode", "half_pixel")
     known = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
     _refuse(coordinates not in known, f"coordinates {coordinates!r}")
-    _refuse(mode != "nearest" and coordinates == "asymmetric", f"{mode} at asymmetric coordinates")
     policy = at.get("keep_aspect_ratio_policy", "stretch")
     _refuse(policy != "stretch", f"keep_aspect_ratio_policy {policy!r}")
     return Operation(
         resize, (2, 3), mode=mode, coordinates=coordinates,
         nearest=at.get("nearest_mode", "round_prefer_floor"),
-        antialias=at.get("antialias", 0) == 1, **_given(at, axes="axes"),
+        antialias=at.get("antialias", 0) == 1, cubic=at.get("cubic_coeff_a", -0.75),
+        inside=at.get("exclude_outside", 0) == 1, **_given(at, axes="axes"),
     )  # fmt: skip
 
 
 def _upsample(at: Attributes, outputs: int) -> Operation:
-    mode = at.get("mode", "nearest")
-    # before opset 11 coordinates are asymmetric, which torch interpolates by the nearest only
-    _refuse(mode != "nearest", f"{mode} at asymmetric coordinates")
-    return Operation(_upsampled, (1,), **_given(at, scales="scales"))
-
-
-def _upsampled(x: Tensor, scales: Sequence[float]) -> Tensor:
-    return resize(
-        x, None, scales, mode="nearest", coordinates="asymmetric", nearest="floor", antialias=False
-    )
+    # before opset 11 coordinates are asymmetric
+    return Operation(upsample, (1,), mode=at.get("mode", "nearest"), **_given(at, scales="scales"))
 
 
 def _constant_of_shape(at: Attributes, outputs: int) -> Operation:
@@ -560,6 +735,16 @@ def _convolution(at: Attributes, outputs: int) -> Operation:
     return Operation(
         convolve, strides=at.get("strides"), pads=pads, dilations=at.get("dilations"),
         groups=at.get("group", 1),
+    )  # fmt: skip
+
+
+def _transposed_convolution(at: Attributes, outputs: int) -> Operation:
+    _refuse("pads" not in at, "computed weights, or padding for an unknown size")
+    ones = [1] * (len(at["pads"]) // 2)
+    return Operation(
+        convolve_transposed, strides=at.get("strides", ones), pads=at["pads"],
+        dilations=at.get("dilations", ones), groups=at.get("group", 1),
+        output_padding=at.get("output_padding", [0] * len(ones)),
     )  # fmt: skip
 
 
@@ -612,6 +797,7 @@ OURS: dict[str, Callable[[Attributes, int], Operation]] = {
     "ConstantOfShape": _constant_of_shape,
     "Concat": lambda at, n: Operation(concat, axis=at.get("axis", 1)),
     "Conv": _convolution,
+    "ConvTranspose": _transposed_convolution,
     "CumSum": lambda at, n: Operation(
         cumsum, (1,), exclusive=at.get("exclusive", 0) == 1, reverse=at.get("reverse", 0) == 1
     ),
@@ -622,6 +808,7 @@ OURS: dict[str, Callable[[Attributes, int], Operation]] = {
     "Expand": lambda at, n: Operation(expand, (1,)),
     "Flatten": lambda at, n: Operation(flatten, axis=at.get("axis", 1)),
     "Gather": lambda at, n: Operation(take, axis=at.get("axis", 0)),
+    "GatherElements": lambda at, n: Operation(take_elements, axis=at.get("axis", 0)),
     "Gelu": lambda at, n: Operation(gelu, approximate=at.get("approximate", "none")),
     "Gemm": _gemm,
     "GlobalMaxPool": lambda at, n: Operation(overall_maximum),
@@ -634,11 +821,14 @@ OURS: dict[str, Callable[[Attributes, int], Operation]] = {
     "MaxPool": _pool(largest=True),
     "Mish": lambda at, n: Operation(F.mish),
     "Mul": lambda at, n: Operation(torch.mul),
+    "NonZero": lambda at, n: Operation(places_of_nonzero),
     "OneHot": lambda at, n: Operation(one_hot, (1,), axis=at.get("axis", -1)),
     "Pad": _pad,
     "RMSNormalization": _norm(normalise_rms),
     "Range": lambda at, n: Operation(arange, (0, 1, 2)),
-    "Reshape": lambda at, n: Operation(reshape, (1,), **_given(at, shape="shape")),
+    "Reshape": lambda at, n: Operation(
+        reshape, (1,), allow_zero=at.get("allowzero", 0) == 1, **_given(at, shape="shape")
+    ),
     "Resize": _resize,
     "ScatterElements": _scatter(scatter_elements),
     "ScatterND": _scatter(scatter_nd),
@@ -678,6 +868,8 @@ def extend_onnx2torch() -> None:
 
     for kind in OURS:
         add_converter(kind, version=1, domain=DOMAIN)(convert)
+    for kind, (lacking, later) in SAME_BEFORE.items():
+        add_converter(kind, version=lacking)(get_converter(kind, later))
     newer = sorted(
         (schema.name, schema.since_version)
         for schema in defs.get_all_schemas_with_history()

@@ -17,7 +17,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ from secateurs.parts.costs import (
 )
 
 Call = Callable[[], Any]
+
+TABLE = "latency by engine"
+"""Title of `latency_rows` among the tables of an outcome."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def measure_engines(
         InputError: an unknown engine, a number out of range.
     """
     results = {}
-    for engine in _checked(engines):
+    for engine in check_engines(engines):
         times, failure = _times(engine, [model], example_inputs, threads, warmup, repeats)
         results[engine] = EngineLatency(engine, latency_of(times[0]) if times else None, failure)
     return results
@@ -131,7 +134,7 @@ def compare_latency(
         InputError: an unknown engine, a number out of range.
     """
     results = {}
-    for engine in _checked(engines):
+    for engine in check_engines(engines):
         times, failure = _times(engine, [dense, pruned], example_inputs, threads, warmup, repeats)
         results[engine] = (
             _comparison(engine, *times) if times else Comparison(engine, failure=failure)
@@ -139,13 +142,20 @@ def compare_latency(
     return results
 
 
-def latency_rows(comparisons: Mapping[str, Comparison]) -> list[dict[str, Any]]:
-    """Comparisons as rows of plain values, for `Outcome.tables` and JSON."""
+def latency_rows(
+    comparisons: Mapping[str, Comparison], promised: float | None = None
+) -> list[dict[str, Any]]:
+    """Comparisons as rows of plain values, for `Outcome.tables` and JSON.
+
+    Args:
+        promised: MACs of the pruned over those of the dense model, to stand beside the ratios.
+    """
     return [
         {
             "engine": found.engine,
-            "dense ms": found.dense.median if found.dense else None,
-            "pruned ms": found.pruned.median if found.pruned else None,
+            "promised": promised,
+            "dense": asdict(found.dense) if found.dense else None,
+            "pruned": asdict(found.pruned) if found.pruned else None,
             "ratio": found.ratio,
             "low": found.low,
             "high": found.high,
@@ -168,7 +178,12 @@ def _comparison(engine: str, dense: Sequence[float], pruned: Sequence[float]) ->
     )
 
 
-def _checked(engines: Sequence[str] | None) -> list[str]:
+def check_engines(engines: Sequence[str] | None) -> list[str]:
+    """The engines asked for, all where None.
+
+    Raises:
+        InputError: none, or an unknown one; the closest one is suggested.
+    """
     chosen = list(ENGINES if engines is None else engines)
     require(bool(chosen), "engines", engines, f"some of {', '.join(ENGINES)}")
     for engine in chosen:

@@ -126,7 +126,7 @@ def _difference(model: nn.Module, config: Any) -> str:
     except Exception as reason:
         return " ".join(str(reason).split())
     own, made = model.state_dict(), other.state_dict()
-    for name in own.keys() | made.keys():
+    for name in dict.fromkeys([*own, *made]):
         shapes = [tuple(s[name].shape) if name in s else None for s in (own, made)]
         if shapes[0] != shapes[1]:
             return f"{name} has {shapes[0]}, not {shapes[1]}"

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateurs.report import numbers
-from secateurs.report.headline import facts
+from secateurs.report.headline import ENGINES, facts
 
 
 def outcome_table(outcomes: Sequence[Mapping[str, Any]]) -> Table:
@@ -58,6 +58,11 @@ def _before_and_after(outcome: Mapping[str, Any]) -> Table:
         _row(table, "latency measured", *shown, change)
         masked = facts(outcome).masked
         table.caption = "zeros in dense tensors are still multiplied" if masked else None
+    for timed in outcome["tables"].get(ENGINES, []):
+        if timed["engine"] != "eager" and timed["ratio"] is not None:
+            shown = [numbers.latency(timed[side]) for side in ("dense", "pruned")]
+            speed = f"{numbers.factor(1 / timed['ratio'])} as fast"
+            _row(table, f"in {timed['engine']}", *shown, speed)
     return table
 
 

