@@ -86,7 +86,7 @@ def diverge_at(task, calls):
     return replace(task, loss=loss)
 
 
-@pytest.mark.parametrize("method", ["global-mp", "gmp", "lottery-ticket"])
+@pytest.mark.parametrize("method", ["global-mp", "gmp", "lottery-ticket", "spa"])
 def test_an_error_in_place_gives_the_weights_back(task, method):
     model = task.fresh_model(0).eval()
     before = of(model)
@@ -115,6 +115,30 @@ def test_costs_and_metrics_are_those_of_before_and_after(task):
     assert sc.prune(model, "global-mp", "sparsity=0.75", task).after.latency is None
     assert (outcome.method, outcome.budget, outcome.seed) == ("global-mp", "sparsity=0.75", 0)
     assert outcome.options["count"] == "exact"
+
+
+def test_both_models_are_timed_in_the_engines_asked_for(task, monkeypatch):
+    from secateurs.deploy import timing
+    from secateurs.report.headline import ENGINES
+
+    def broken(model, inputs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setitem(timing.ENGINES, "compile", broken)
+    model = task.fresh_model(0)
+    outcome = sc.prune(
+        model, "global-mp", "sparsity=0.75", task, with_latency=True, engines=["eager", "compile"]
+    )
+    eager, failed = outcome.tables[ENGINES]
+    assert eager["promised"] == 0.25
+    assert eager["dense"]["median"] == outcome.before.latency.median
+    assert eager["pruned"]["median"] == outcome.after.latency.median
+    assert (failed["engine"], failed["ratio"]) == ("compile", None)
+    assert "not timed in compile: RuntimeError: no compiler" in outcome.notes
+    only_eager = sc.prune(model, "global-mp", "sparsity=0.75", task, with_latency=True)
+    assert ENGINES not in only_eager.tables
+    with pytest.raises(InputError, match="did you mean 'compile'"):
+        sc.prune(model, "global-mp", "sparsity=0.75", task, engines=["compiled"])
 
 
 def test_without_a_task_one_shot_methods_prune_and_nothing_else_is_done():

@@ -19,6 +19,8 @@ QUICK = ["--epochs", "0.2", "--finetune-epochs", "0.1", "--no-latency", "--threa
 DIGITS = ["--data", "digits"]
 BUDGET = ["--budget", "sparsity=0.5"]
 MP = ["--method", "global-mp"]
+DAREX = ["--method", "darex", "--budget", "sparsity=0.9"]
+WITH_WEIGHTS = "zoo:convnet@{stranger}"
 
 
 def invoke(*words: object) -> Result:
@@ -33,7 +35,7 @@ def prune(*words: object, model: object = "zoo:convnet") -> list[object]:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "prune", "run", "resume", "bench", "methods", "inspect", "report"]
+    "command", ["demo", "prune", "run", "resume", "bench", "merge", "methods", "inspect", "report"]
 )
 def test_every_command_explains_itself(command: str) -> None:
     result = invoke(command, "--help")
@@ -220,6 +222,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "def nothing():\n    return nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(10),"
         " nn.BatchNorm1d(10))\n\n"
         "def number():\n    return 3\n\n"
+        "def scaled(factor):\n    return factor\n\n"
         "def small():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 4))\n"
     )
     return made
@@ -259,6 +262,17 @@ CASES: dict[str, tuple[list[object], list[str]]] = {
     ),
     "python model, not a module": (
         prune(*DIGITS, *MP, *BUDGET, model="python:broken_models:number"), ["number"]
+    ),
+    "python model that needs arguments": (
+        prune(*DIGITS, *MP, *BUDGET, model="python:torch.nn:Linear"),
+        ["model", "python:torch.nn:Linear", "without arguments", "in_features, out_features"],
+    ),
+    "python model made by compiled code": (
+        prune(*DIGITS, *MP, *BUDGET, model="python:builtins:dict"), ["builtins:dict", "a dict"]
+    ),
+    "python data that need arguments": (
+        prune("--data", "python:broken_models:scaled", *MP, *BUDGET),
+        ["data", "broken_models:scaled", "without arguments", "factor"],
     ),
     "NaN in the weights": (
         prune(*DIGITS, *MP, *BUDGET, *QUICK, model="python:broken_models:nan"), ["NaN"]
@@ -302,6 +316,9 @@ CASES: dict[str, tuple[list[object], list[str]]] = {
     "malformed budget": (prune(*DIGITS, *MP, "--budget", "ninety"), ["budget", "ninety"]),
     "unknown kind of budget": (
         prune(*DIGITS, *MP, "--budget", "sparsty=0.9"), ["did you mean 'sparsity'"]
+    ),
+    "engine that there is not": (
+        prune(*DIGITS, *MP, *BUDGET, "--engines", "eager,onnx"), ["engines", "'onnxruntime'"]
     ),
     "budget the method cannot honour": (
         prune(*DIGITS, *MP, "--budget", "latency=8ms"), ["latency=8ms", "sparsity="]
@@ -380,6 +397,32 @@ CASES: dict[str, tuple[list[object], list[str]]] = {
     "report of a benchmark that is none": (["report", "{garbled-bench}"], ["bench.sqlite"]),
     "resume of what is no run": (["resume", "{full}"], ["full", "recipe.yaml"]),
     "report of what is no run": (["report", "{none}"], ["nothing-here"]),
+    "delta without a base": (prune(*DIGITS, *DAREX, model=WITH_WEIGHTS), ["base", "darex"]),
+    "delta to a base without weights": (
+        prune(*DIGITS, *DAREX, "--base", "zoo:convnet", model=WITH_WEIGHTS),
+        ["base", "zoo:convnet", "a model with weights"],
+    ),
+    "delta of a model without weights": (
+        prune(*DIGITS, *DAREX, "--base", WITH_WEIGHTS), ["model", "a model with weights"]
+    ),
+    "delta to a base that is nowhere": (
+        prune(*DIGITS, *DAREX, "--base", "{none}", model=WITH_WEIGHTS), ["nothing-here"]
+    ),
+    "base for a method that has no use for it": (
+        prune(*DIGITS, *MP, *BUDGET, "--base", WITH_WEIGHTS), ["base", "none, for global-mp"]
+    ),
+    "rescaling by nothing": (
+        prune(*DIGITS, *DAREX, "--q", 0, "--base", WITH_WEIGHTS, model=WITH_WEIGHTS), ["q", "0"]
+    ),
+    "merge without a delta": (["merge", WITH_WEIGHTS], ["DELTA"]),
+    "merge of a delta that is nowhere": (["merge", WITH_WEIGHTS, "{none}"], ["nothing-here"]),
+    "merge of a folder without a delta": (
+        ["merge", WITH_WEIGHTS, "{full}"], ["full", "delta.safetensors"]
+    ),
+    "merge of what is no delta": (
+        ["merge", WITH_WEIGHTS, "{stranger}"], ["stranger", "a delta as secateurs.save writes it"]
+    ),
+    "merge of half a delta": (["merge", WITH_WEIGHTS, "{truncated}"], ["truncated"]),
     "filter by an unknown unit": (["methods", "--unit", "wheight"], ["did you mean 'weight'"]),
     "inspect an unknown model": (["inspect", "zoo:convnt"], ["did you mean 'convnet'"]),
 }  # fmt: skip
@@ -404,6 +447,37 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     for text in expected:
         assert text in own[0]
     assert (files["full"] / "something.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("track", [[], ["--track", "tensorboard"]])
+def test_a_run_that_is_refused_before_training_leaves_no_folder(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, track: list[str]
+) -> None:
+    if track:
+        pytest.importorskip("tensorboard")
+    monkeypatch.syspath_prepend(str(files["root"]))
+    out = tmp_path / "run"
+    words = prune(
+        *DIGITS, *MP, *BUDGET, *QUICK, *track, "--out", out,
+        model="python:broken_models:nan?trained=true",
+    )  # fmt: skip
+    for _ in range(2):
+        result = invoke(*words)
+        assert result.exit_code == 2
+        assert "NaN in the weights" in result.stderr
+        assert not out.exists()
+
+
+def test_a_run_that_is_refused_after_training_stays_and_can_be_resumed(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = prune(
+        *DIGITS, *MP, "--budget", "sparsity=0.99", *QUICK, "--min-weights", 5000, "--out", out
+    )
+    for command in (words, ["resume", out]):
+        result = invoke(*command)
+        assert result.exit_code == 2
+        assert "min_weights" in result.stderr
+        assert (out / "work" / "0-train" / "train.safetensors").is_file()
 
 
 def test_there_are_at_least_forty_cases() -> None:

@@ -1,14 +1,16 @@
 """secateurs: prune everything a neural network is made of and fed with."""
 
-from secateurs.api import axes, finetune, prune, train_with
+from secateurs.api import axes, finetune, prune, prune_checkpoint, train_with
+from secateurs.deploy.delta_file import SparseDelta, load_delta, merge
 from secateurs.errors import DivergedError, InputError, SecateursError
-from secateurs.method import Method, Procedure, Pruner, TrainingPruner
+from secateurs.method import Codec, Method, Procedure, Pruner, TrainingPruner
 from secateurs.outcome import Outcome, load, save
 from secateurs.parts.budgets import Budget
 from secateurs.parts.masks import Masks
 from secateurs.registry import Paper, Tags, create, list_methods, register
 from secateurs.settings import TrainSettings, option
 from secateurs.task import Metric, Task, classification, language_modelling
+from secateurs.training.adamr import AdamR
 from secateurs.training.keeping import MaskKeeper
 from secateurs.training.loop import fit
 from secateurs.workspace import Workspace
@@ -16,7 +18,9 @@ from secateurs.workspace import Workspace
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdamR",
     "Budget",
+    "Codec",
     "DivergedError",
     "InputError",
     "MaskKeeper",
@@ -28,6 +32,7 @@ __all__ = [
     "Procedure",
     "Pruner",
     "SecateursError",
+    "SparseDelta",
     "Tags",
     "Task",
     "TrainSettings",
@@ -41,8 +46,11 @@ __all__ = [
     "language_modelling",
     "list_methods",
     "load",
+    "load_delta",
+    "merge",
     "option",
     "prune",
+    "prune_checkpoint",
     "register",
     "save",
     "train_with",

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from secateurs.errors import InputError, require
-from secateurs.method import Method, Procedure, Pruner, TrainingPruner, masked_outcome
+from secateurs.deploy.timing import TABLE, check_engines, compare_latency, latency_rows
+from secateurs.errors import InputError, described, require
+from secateurs.method import Codec, Method, Procedure, Pruner, TrainingPruner, masked_outcome
 from secateurs.outcome import Outcome, Promise
 from secateurs.parts.budgets import Budget
-from secateurs.parts.costs import measure_cost, measure_latencies
+from secateurs.parts.costs import measure_cost
 from secateurs.parts.masks import Masks
 from secateurs.parts.prunable import fixed_parameters
+from secateurs.parts.scales import norm_scales
 from secateurs.registry import create, options_as_dict
 from secateurs.settings import TrainSettings
 from secateurs.task import Task
@@ -32,10 +37,12 @@ def prune(
     budget: str | Budget,
     task: Task | None = None,
     *,
+    base: nn.Module | None = None,
     seed: int = 0,
     recover: bool = True,
     inplace: bool = False,
     with_latency: bool = False,
+    engines: Sequence[str] = ("eager",),
     work: Workspace | None = None,
     **options: Any,
 ) -> Outcome:
@@ -48,12 +55,15 @@ def prune(
         budget: what to come down to, such as ``sparsity=0.9``.
         task: data, loss and metrics. Without one, only one-shot methods that need no data run,
             and nothing recovers or is scored.
+        base: the model that `model` was fine-tuned from, for methods that prune the difference.
         seed: of everything random.
         recover: after one-shot methods, train with the masks kept: by ``task.finetuning``, or
             by ``task.training`` for methods that prune before training.
         inplace: work on `model` itself; by default on a copy. On an error the copy is dropped,
             or the model gets its weights back.
         with_latency: time a forward pass before and after.
+        engines: those of `secateurs.deploy.timing` in which it is timed; with more than
+            ``eager``, the outcome has a table of them.
         work: where finished steps are kept (see `secateurs.Workspace`).
         options: hyper-parameters of the method, when it is given by name.
 
@@ -67,12 +77,13 @@ def prune(
     chosen = create(method, options) if isinstance(method, str) else method
     require(not (options and not isinstance(method, str)), "options", options, "a method's name")
     parsed = chosen.accept(budget)
+    check_engines(engines)
     work = work or Workspace()
-    _check_needs(chosen, task)
+    _check_needs(chosen, model, task, base)
     dense = copy.deepcopy(model) if inplace else model
     net = model if inplace else copy.deepcopy(model)
     try:
-        outcome = _run(chosen, net, parsed, task, seed, recover, work)
+        outcome = _run(chosen, net, parsed, task, seed, recover, work, base)
     except BaseException:
         if inplace:
             _give_back(model, dense)
@@ -80,7 +91,7 @@ def prune(
     outcome.method, outcome.options = chosen.name, options_as_dict(chosen)
     outcome.budget, outcome.seed = str(parsed), seed
     outcome.model.eval()
-    _measure(outcome, dense, task, with_latency)
+    _measure(outcome, dense, task, engines if with_latency else ())
     outcome.promise = outcome.promise or promise_of(outcome, parsed)
     if not outcome.promise.kept:
         outcome.notes.append(f"budget {outcome.promise}")
@@ -106,6 +117,44 @@ def axes(model: nn.Module, example_inputs: Any) -> Structure:
     return Structure(trace(model, example_inputs))
 
 
+def prune_checkpoint(
+    folder: str | Path,
+    out: str | Path,
+    method: str | Method,
+    budget: str | Budget,
+    batches: Sequence[Any] = (),
+    *,
+    work: Workspace | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Prune a transformers checkpoint that may be larger than memory, from disk to disk.
+
+    Called again after it was killed, with the same arguments, it goes on at the block that was
+    not finished; the files are the same, byte for byte.
+
+    Args:
+        folder: ``config.json`` and safetensors, as `save_pretrained` writes them.
+        out: a folder that is new or empty, or one that an earlier call with the same arguments
+            left; plain `from_pretrained` reads it afterwards.
+        method: a layer-wise method (magnitude, wanda, sparsegpt), by name or as an object.
+        batches: calibration inputs as the model takes them, for methods that look at inputs.
+        options: hyper-parameters of the method, when it is given by name.
+
+    Returns:
+        What is written as ``secateurs.json``: what was asked, kept and total weights of every
+        layer, notes.
+
+    Raises:
+        InputError: a method of another kind; a missing or truncated shard, or tensors that are
+            not the model's; NaN in weights; another run's output.
+    """
+    from secateurs.calibration.prune_checkpoint import prune_shards
+
+    chosen = create(method, options) if isinstance(method, str) else method
+    require(not (options and not isinstance(method, str)), "options", options, "a method's name")
+    return prune_shards(Path(folder), Path(out), chosen, budget, batches, work or Workspace())
+
+
 def _run(
     method: Method,
     model: nn.Module,
@@ -114,6 +163,7 @@ def _run(
     seed: int,
     recover: bool,
     work: Workspace,
+    base: nn.Module | None,
 ) -> Outcome:
     match method:
         case Pruner():
@@ -130,7 +180,10 @@ def _run(
         case Procedure():
             assert task is not None
             return method.run(model, task, budget, seed=seed, work=work)
-    raise InputError("method", method.name, "a Pruner, a TrainingPruner or a Procedure")
+        case Codec():
+            assert base is not None
+            return method.encode(base, model, budget, task, seed=seed, work=work)
+    raise InputError("method", method.name, "a Pruner, a TrainingPruner, a Procedure or a Codec")
 
 
 def finetune(
@@ -206,8 +259,18 @@ def _masked(outcome: Outcome) -> dict[str, nn.Parameter]:
     return {name: params[name] for name in outcome.masks}
 
 
-def _check_needs(method: Method, task: Task | None) -> None:
-    if task is None and method.needs != ("nothing",):
+def _check_needs(
+    method: Method, model: nn.Module, task: Task | None, base: nn.Module | None
+) -> None:
+    if "base" in method.needs and base is None:
+        raise InputError(
+            "base", None, f"what the model was fine-tuned from: {method.name} needs it"
+        )
+    if "base" not in method.needs and base is not None:
+        raise InputError("base", described("a module"), f"none: {method.name} has no use for it")
+    if "norm-scales" in method.needs:
+        norm_scales(model)  # refuses a model without any
+    if task is None and set(method.needs) - {"nothing", "base"}:
         raise InputError("task", None, f"a Task: {method.name} needs {', '.join(method.needs)}")
     if task is None:
         return
@@ -219,14 +282,26 @@ def _check_needs(method: Method, task: Task | None) -> None:
         raise InputError("task.resize", None, f"a function of the width: {method.name} needs it")
 
 
+@torch.no_grad()
 def _give_back(model: nn.Module, before: nn.Module) -> None:
-    """Weights and modes of a model as they were."""
-    model.load_state_dict(before.state_dict())
+    """Weights, sizes and modes of a model as they were; what was not resized is the same object."""
     for module, original in zip(model.modules(), before.modules(), strict=True):
-        module.training = original.training
+        for attribute, value in vars(original).items():
+            if not attribute.startswith("_"):
+                setattr(module, attribute, value)
+        for own, old in (
+            (module._parameters, original._parameters),
+            (module._buffers, original._buffers),
+        ):
+            for name, tensor in old.items():
+                present = own.get(name)
+                if present is None or tensor is None or present.shape != tensor.shape:
+                    own[name] = tensor  # type: ignore[assignment]
+                else:
+                    present.copy_(tensor)
 
 
-def _measure(outcome: Outcome, dense: nn.Module, task: Task | None, with_latency: bool) -> None:
+def _measure(outcome: Outcome, dense: nn.Module, task: Task | None, engines: Sequence[str]) -> None:
     """Costs and metrics, before and after."""
     if task is None:
         return
@@ -237,10 +312,16 @@ def _measure(outcome: Outcome, dense: nn.Module, task: Task | None, with_latency
     dense.to(device)
     before = outcome.before or measure_cost(dense, inputs)
     after = outcome.after or measure_cost(outcome.model, inputs, outcome.masks)
-    if with_latency:
+    if engines:
         # also of costs that a procedure counted itself
-        first, second = measure_latencies([dense, outcome.model], inputs)
-        before, after = replace(before, latency=first), replace(after, latency=second)
+        found = compare_latency(dense, outcome.model, inputs, engines=engines)
+        if eager := found.get("eager"):
+            before = replace(before, latency=eager.dense)
+            after = replace(after, latency=eager.pruned)
+        if set(found) != {"eager"}:
+            promised = after.effective_macs / before.macs if before.macs else None
+            outcome.tables[TABLE] = latency_rows(found, promised)
+        outcome.notes += [f"not timed in {e}: {o.failure}" for e, o in found.items() if o.failure]
     outcome.before, outcome.after = before, after
     if not outcome.metrics_before:
         outcome.metrics_before = task.measure(dense)

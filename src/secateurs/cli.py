@@ -1,4 +1,4 @@
-"""The command line: demo, prune, run, resume, bench, methods, inspect, report."""
+"""The command line: demo, prune, run, resume, bench, merge, methods, inspect, report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 
 from secateurs import __version__
-from secateurs.errors import SecateursError, require
+from secateurs.errors import InputError, SecateursError, require
 from secateurs.registry import (
     NEEDS,
     VOCABULARY,
@@ -251,8 +251,12 @@ def execute_run(run: Any, *, as_json: bool, track: str | None = None) -> None:
     tracker = None
     if track and not run.finished:
         tracker = Tracker(track, run.folder.name, run.folder / "tracking", run.recipe.as_dict())
-    with listening(as_json, tracker) as listeners:
-        outcome = run.execute(listeners)
+    try:
+        with listening(as_json, tracker) as listeners:
+            outcome = run.execute(listeners)
+    except InputError:
+        run.discard()  # or the same command would be refused for a folder that is not empty
+        raise
     path = write_run_report(run.folder) if with_report else None
     if as_json:
         click.echo(json.dumps({"run": str(run.folder), **outcome.as_dict()}, default=str))
@@ -326,6 +330,9 @@ track_option = click.option("--track", metavar="NAME", help="tensorboard, mlflow
     required=True,
     help="the promise: sparsity=0.9, density=0.1, params=2M, 2:4 ... as the method can honour",
 )
+@click.option(
+    "--base", metavar="MODEL", help="what MODEL was fine-tuned from, to prune the difference"
+)
 @out_option
 @click.option("--seed", type=int, default=0, show_default=True, help="of everything random")
 @click.option("--batch-size", type=int, default=64, show_default=True, help="samples a batch")
@@ -339,6 +346,12 @@ track_option = click.option("--track", metavar="NAME", help="tensorboard, mlflow
 @click.option("--recover/--no-recover", default=True, show_default=True, help="train afterwards")
 @click.option("--threads", type=int, help="threads of torch [default: of the machine]")
 @click.option("--latency/--no-latency", default=True, show_default=True, help="time the models")
+@click.option(
+    "--engines",
+    default="eager",
+    show_default=True,
+    help="in which they are timed, with commas between: eager, compile, onnxruntime",
+)
 @track_option
 @json_option
 def prune(**values: Any) -> None:
@@ -360,6 +373,8 @@ def prune(**values: Any) -> None:
     if values["finetune_epochs"] is not None:
         finetuning["epochs"] = values["finetune_epochs"]
     fresh = not has_weights(values["model"])
+    if values["base"] is not None:
+        options["base"] = values["base"]
     stages = stages_for(values["method"], values["budget"], options, fresh=fresh)
     recipe = Recipe(
         model=values["model"],
@@ -370,6 +385,7 @@ def prune(**values: Any) -> None:
         threads=values["threads"],
         label_smoothing=values["label_smoothing"],
         latency=values["latency"],
+        engines=tuple(name.strip() for name in values["engines"].split(",")),
         training=training,
         finetuning=finetuning,
     )
@@ -522,6 +538,41 @@ def demo(out: Path, act: str, workers: int, as_json: bool) -> None:
     finish_bench(Bench.create(Matrix.parse(text), out), workers, None, as_json)
 
 
+@main.command(epilog=MODEL_HELP)
+@click.argument("base")
+@click.argument(
+    "deltas", metavar="DELTA...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
+@click.option("--data", metavar="DATA", help="gives BASE its sizes, where its name does not")
+@out_option
+@json_option
+def merge(
+    base: str, deltas: tuple[Path, ...], data: str | None, out: Path | None, as_json: bool
+) -> None:
+    """Add to BASE every DELTA, a file or the folder of a run, and write the model."""
+    from secateurs.deploy.delta_file import load_delta, shared_seeds
+    from secateurs.deploy.merged_folder import save_merged
+    from secateurs.zoo.catalog import base_model
+
+    loaded = [load_delta(path) for path in deltas]
+    source = {"model": base} if data is None else {"model": base, "data": data}
+    folder = save_merged(base_model(base, data), loaded, out or fresh_folder("merge"), source)
+    rows = [
+        {"delta": str(p), "kept": d.kept, "total": d.total, "p": d.p, "bytes": d.file_bytes}
+        for p, d in zip(deltas, loaded, strict=True)
+    ]
+    seeds = shared_seeds(loaded)
+    if as_json:
+        found = {"folder": str(folder), "base": loaded[0].base, "deltas": rows}
+        click.echo(json.dumps({**found, "shared_seeds": seeds}))
+        return
+    for row in rows:
+        click.echo("delta   {delta}: {kept} of {total} differences, {bytes} bytes".format(**row))
+    if seeds:
+        click.echo(f"note    deltas of one seed ({seeds[0]}) keep their entries in the same places")
+    click.echo(f"merged  {folder}")
+
+
 # ---------------------------------------------------------------- looking
 
 
@@ -564,10 +615,11 @@ def method_row(name: str, cls: type[Any]) -> dict[str, Any]:
 
 
 def kind_of(cls: type[Any]) -> str:
-    """Pruner, TrainingPruner or Procedure."""
-    from secateurs.method import Procedure, Pruner, TrainingPruner
+    """Pruner, TrainingPruner, Procedure or Codec."""
+    from secateurs.method import Codec, Procedure, Pruner, TrainingPruner
 
-    return next(k.__name__ for k in (Pruner, TrainingPruner, Procedure) if issubclass(cls, k))
+    kinds = (Pruner, TrainingPruner, Procedure, Codec)
+    return next(k.__name__ for k in kinds if issubclass(cls, k))
 
 
 @main.command(epilog=MODEL_HELP)

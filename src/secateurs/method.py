@@ -5,6 +5,7 @@
 | `Pruner` | a model, a budget, maybe batches | one shot |
 | `TrainingPruner` | a model and its optimizer, a budget | hangs on any training loop |
 | `Procedure` | a task, a budget | drives whole trainings |
+| `Codec` | a model and the base it was fine-tuned from, a budget | makes the difference small |
 
 A method is a frozen dataclass: hyper-parameters in, nothing stored. Running state lives in
 the object the user holds (an `Attachment`, an `Outcome`).
@@ -163,6 +164,37 @@ class Procedure(Method):
         Args:
             seed: of data order and of whatever is random.
             work: where finished rounds are kept, so that a killed run goes on.
+        """
+
+
+class Codec(Method):
+    """Makes the difference of a fine-tuned model to its base small; the model keeps its size.
+
+    The outcome's model is the base plus what is left of the difference, which the outcome
+    carries as ``delta``; `secateurs.save` writes it to a file of its own.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("base",)
+
+    @abstractmethod
+    def encode(
+        self,
+        base: nn.Module,
+        model: nn.Module,
+        budget: Budget,
+        task: Task | None = None,
+        *,
+        seed: int = 0,
+        work: Workspace | None = None,
+    ) -> Outcome:
+        """Prune the difference, and change `model` in place accordingly.
+
+        Args:
+            base: the weights that the model was fine-tuned from; left as it is.
+            model: of the same architecture, fine-tuned; its own head may differ.
+            task: source of batches and metrics, for methods that look at outputs.
+            seed: of whatever is random.
+            work: where finished steps are kept.
         """
 
 

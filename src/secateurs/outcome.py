@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateurs.deploy.delta_file import DELTA, SparseDelta, load_delta, save_delta
 from secateurs.errors import InputError, described, require
 from secateurs.parts.costs import Cost
 from secateurs.parts.masks import Masks, named_parameters
@@ -67,6 +68,7 @@ class Outcome:
         metrics_before, metrics_after: of the task, if there was one.
         history: a record a round, an epoch or an arm, as the method has them.
         tables: further results of a method, by title, each a list of rows.
+        delta: what leads from the base to the model, of methods that prune the difference.
         surgery: how the model was made smaller than the dense one, step by step: plans of
             `secateurs.structure.persistence`; empty where nothing was.
         notes: what the user should know, such as layers that were left dense or emptied.
@@ -90,6 +92,7 @@ class Outcome:
     history: list[dict[str, Any]] = field(default_factory=list)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     surgery: list[dict[str, Any]] = field(default_factory=list)
+    delta: SparseDelta | None = None
     notes: list[str] = field(default_factory=list)
 
     def layers(self) -> list[dict[str, Any]]:
@@ -126,6 +129,8 @@ class Outcome:
 def save(outcome: Outcome, folder: str | Path) -> Path:
     """Write an outcome into a new folder: weights, masks at one bit a weight, a JSON plan.
 
+    A pruned difference to a base is a file beside them, which together with the base is enough.
+
     The folder appears whole or not at all.
 
     Raises:
@@ -140,6 +145,8 @@ def save(outcome: Outcome, folder: str | Path) -> Path:
         write_tensors(partial / WEIGHTS, outcome.model.state_dict(), {"format": "pt"})
         shapes = {name: list(mask.shape) for name, mask in outcome.masks.items()}
         write_tensors(partial / MASKS, outcome.masks.pack(), {"shapes": json.dumps(shapes)})
+        if outcome.delta is not None:
+            save_delta(partial / DELTA, outcome.delta)
         versions = {"torch": torch.__version__, "format": FORMAT}
         write_json(partial / PLAN, {**outcome.as_dict(), "versions": versions})
         if target.exists():
@@ -196,6 +203,7 @@ def load(folder: str | Path, model: nn.Module | Callable[[], nn.Module] | None =
     return Outcome(
         model=net,
         masks=masks,
+        delta=load_delta(folder) if (folder / DELTA).is_file() else None,
         promise=Promise(**plan["promise"]) if plan["promise"] else None,
         before=Cost.from_dict(plan["before"]) if plan["before"] else None,
         after=Cost.from_dict(plan["after"]) if plan["after"] else None,

@@ -161,9 +161,10 @@ def list_methods(pattern: str = "*", **wanted: str) -> dict[str, type[Any]]:
     }
 
 
-NEEDS = ("nothing", "inputs", "batches", "training", "fresh-model", "resize")
+NEEDS = ("nothing", "inputs", "batches", "training", "fresh-model", "resize", "norm-scales", "base")
 """What a method may ask for: example inputs, batches with a loss, a training set to train on, a
-function that makes a fresh model, a function that makes the model at another width."""
+function that makes a fresh model, a function that makes the model at another width, a model with
+normalisation layers that have scales, the base that the model was fine-tuned from."""
 
 
 def method_class(name: str) -> type[Any]:

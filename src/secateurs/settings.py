@@ -39,7 +39,9 @@ class TrainSettings:
 
     epochs: float = option(10.0, "passes over the training data", "epochs")
     steps: int | None = option(None, "optimizer steps; overrides epochs", "steps")
-    optimizer: Literal["sgd", "adam", "adamw"] = option("sgd", "the optimizer")
+    optimizer: Literal["sgd", "adam", "adamw", "adamr"] = option(
+        "sgd", "the optimizer; adamr decays towards the weights that the training begins with"
+    )
     lr: float = option(0.05, "base learning rate")
     momentum: float = option(0.9, "momentum of sgd")
     nesterov: bool = option(False, "Nesterov momentum for sgd")
@@ -104,6 +106,10 @@ class TrainSettings:
                 nesterov=self.nesterov,
                 weight_decay=self.weight_decay,
             )
+        if self.optimizer == "adamr":
+            from secateurs.training.adamr import AdamR
+
+            return AdamR(trainable, lr=self.lr, weight_decay=self.weight_decay)
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
         return kind(trainable, lr=self.lr, weight_decay=self.weight_decay)
 

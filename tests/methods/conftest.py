@@ -1,6 +1,7 @@
 """A task small enough to train in a moment: the digits of scikit-learn and a small MLP."""
 
 import copy
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -26,6 +27,14 @@ def make(width=1.0):
         nn.ReLU(),
         nn.Linear(second, 10),
     )
+
+
+def make_normalized(width=1.0):
+    """The same with batch norm, its linear layers under the same names."""
+    net = make(width)
+    for place in (1, 3):
+        net[place] = nn.Sequential(nn.BatchNorm1d(net[place - 1].out_features), nn.ReLU())
+    return net
 
 
 @cache
@@ -66,6 +75,11 @@ def one_thread():
 @pytest.fixture
 def digits_task():
     return make_task()
+
+
+@pytest.fixture
+def normalized_task(digits_task):
+    return replace(digits_task, model=make_normalized, resize=make_normalized)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Small Fashion-MNIST, and a table of what was measured; run with -s to see it."""
 
+import copy
 import statistics
 
 import pytest
@@ -51,6 +52,24 @@ def fashion():
 def fashion_or_digits():
     """The same, or tasks on scikit-learn's digits where Fashion-MNIST is not installed."""
     return perceptrons("digits" if missing(FASHION) else FASHION)
+
+
+@pytest.fixture(scope="session")
+def digits_transformer():
+    """Seed -> (task, trained model): a vision transformer of 16 tokens with gated feed-forward
+    layers, 120,000 parameters, about .97 on the digits. The models are copies."""
+    spec = "zoo:vit-tiny?depth=5&hidden=96&gated=true"
+    training = sc.TrainSettings(epochs=40, lr=3e-3, optimizer="adamw", weight_decay=0.05)
+    task = make_task(spec, "digits", training=training)
+    trained = {}
+
+    def made(seed):
+        if seed not in trained:
+            trained[seed] = task.fresh_model(seed)
+            sc.fit(trained[seed], task, task.training, seed=seed)
+        return task, copy.deepcopy(trained[seed]).eval()
+
+    return made
 
 
 class Table(dict):

@@ -25,6 +25,15 @@ def test_round_trip() -> None:
     assert recipe.stages[1] == Stage("prune", "global-mp", "sparsity=0.9", {"min_percent": 0.05})
 
 
+def test_a_choice_of_engines_is_kept_and_none_leaves_the_identity_as_it_was() -> None:
+    timed = Recipe.parse(GOOD + "engines: [eager, onnxruntime]\n")
+    assert timed.engines == ("eager", "onnxruntime")
+    assert Recipe.parse(timed.as_yaml()) == timed
+    assert "engines" not in Recipe.parse(GOOD).as_dict()
+    with pytest.raises(InputError, match="did you mean 'onnxruntime'"):
+        Recipe.parse(GOOD + "engines: [onnx]\n")
+
+
 def test_identity_sees_every_setting() -> None:
     recipe = Recipe.parse(GOOD)
     others = [

@@ -15,6 +15,7 @@ solver in `secateurs.calibration.obs` gives the same weights for any multiple of
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
@@ -40,11 +41,13 @@ class Moments:
     """Streaming first and second moments of one layer's inputs, in float64.
 
     Memory is one (groups, d, d) matrix, on the device of the first input, whatever the number
-    of inputs. d is in_features, or in_channels / groups x kernel positions.
+    of inputs, or one (groups, d) without `products`. d is in_features, or in_channels / groups x
+    kernel positions.
 
     Args:
         layer: Linear, Conv1d, Conv2d, Conv3d or transformers' Conv1D.
         name: what errors call it.
+        products: whether the whole matrix is wanted, or squares and means alone.
 
     Attributes:
         rows: N, the number of vectors seen.
@@ -56,11 +59,12 @@ class Moments:
             nobody knows what it multiplies its weights with.
     """
 
-    def __init__(self, layer: nn.Module, name: str = "layer") -> None:
+    def __init__(self, layer: nn.Module, name: str = "layer", *, products: bool = True) -> None:
         _check_kind(layer, name)
         self.layer, self.name = layer, name
         self.rows = 0
         self.samples = 0
+        self._whole = products
         self._products: Tensor | None = None
         self._sums: Tensor | None = None
 
@@ -76,13 +80,15 @@ class Moments:
         groups = _groups(self.layer)
         if self._products is None or self._sums is None:
             width = _width(self.layer)
-            self._products = torch.zeros(
-                groups, width, width, dtype=torch.float64, device=inputs.device
-            )
+            shape = (groups, width, width) if self._whole else (groups, width)
+            self._products = torch.zeros(shape, dtype=torch.float64, device=inputs.device)
             self._sums = self._products.new_zeros(groups, width)
         for chunk in _chunks(windows, _dimensions(self.layer)):
             vectors = _stacked(chunk, groups).double()
-            self._products.baddbmm_(vectors, vectors.mT)
+            if self._whole:
+                self._products.baddbmm_(vectors, vectors.mT)
+            else:
+                self._products += vectors.square().sum(2)
             self._sums += vectors.sum(2)
             self.rows += vectors.shape[2]
         unbatched = inputs.ndim == 1 + _dimensions(self.layer)
@@ -91,12 +97,29 @@ class Moments:
     @property
     def hessian(self) -> Tensor:
         """(2/N) Σ x xᵀ, (groups, d, d)."""
+        require(self._whole, self.name, described("squares alone"), "moments with products=True")
         return self._seen(self._products) * (2 / self.rows)
+
+    @property
+    def squares(self) -> Tensor:
+        """(1/N) Σ x², (groups, d)."""
+        total = self._seen(self._products)
+        return (total.diagonal(dim1=-2, dim2=-1) if self._whole else total) / self.rows
 
     @property
     def mean(self) -> Tensor:
         """(1/N) Σ x, (groups, d)."""
         return self._seen(self._sums) / self.rows
+
+    def in_order(self, columns: Tensor) -> Moments:
+        """The same moments with the inputs in another order: `columns`, (d,) indices."""
+        other = copy.copy(self)
+        if self._products is not None and self._sums is not None:
+            columns = columns.to(self._sums.device)
+            taken = self._products[..., columns]
+            other._products = taken[:, columns] if self._whole else taken
+            other._sums = self._sums[..., columns]
+        return other
 
     def _seen(self, total: Tensor | None) -> Tensor:
         if total is None or self.rows == 0:
@@ -105,7 +128,12 @@ class Moments:
 
 
 def collect_moments(
-    model: nn.Module, names: Iterable[str], run: Callable[[nn.Module], Any]
+    model: nn.Module,
+    names: Iterable[str],
+    run: Callable[[nn.Module], Any],
+    *,
+    products: bool = True,
+    unreached: bool = False,
 ) -> dict[str, Moments]:
     """The moments of the inputs that some layers get while `run(model)` is at work.
 
@@ -115,6 +143,9 @@ def collect_moments(
     Args:
         names: of the layers, as in `model.named_modules()`.
         run: calls the model on whatever it likes, such as batches in a loop.
+        products: whether whole matrices are wanted, or squares and means alone.
+        unreached: whether a layer may stay without input, as the experts of a mixture do; it is
+            then left out of the answer.
 
     Raises:
         InputError: a name the model does not have, a layer of another kind (`Moments`), NaN in
@@ -125,17 +156,18 @@ def collect_moments(
     for name in names:
         if name not in modules:
             raise unknown("names", name, modules)
-        moments[name] = Moments(modules[name], name or type(model).__name__)
+        shown = name or type(model).__name__
+        moments[name] = Moments(modules[name], shown, products=products)
     with _hooked(moments), _in_eval_mode(model), torch.no_grad():
         run(model)
     for moment in moments.values():
-        if moment.rows == 0:
+        if moment.rows == 0 and not unreached:
             raise InputError(
                 moment.name,
                 described("a layer that saw no sample"),
                 "a run that calls this layer; a fused module may use its weights without it",
             )
-    return moments
+    return {name: moment for name, moment in moments.items() if moment.rows}
 
 
 def unfolded(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -148,10 +180,14 @@ def unfolded(layer: nn.Module, inputs: Tensor) -> Tensor:
     return _stacked(_windows(layer, inputs, "inputs"), _groups(layer))
 
 
-def weight_matrices(layer: nn.Module) -> Tensor:
-    """The weight as (groups, out / groups, d): what multiplies the vectors of each group."""
+def weight_matrices(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """The weight as (groups, out / groups, d): what multiplies the vectors of each group.
+
+    Args:
+        weight: another tensor in the shape of the layer's weight, taken in its place.
+    """
     _check_kind(layer, "layer")
-    weight = _weight(layer)
+    weight = _weight(layer) if weight is None else weight
     matrix = weight.t() if _is_transposed(layer) else weight
     return matrix.reshape(_groups(layer), -1, _width(layer))
 
@@ -199,8 +235,9 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _check_kind(layer: nn.Module, name: str) -> None:
-    known = _is_transposed(layer) or any(
+def is_known(layer: nn.Module) -> bool:
+    """Whether it is a layer of which it is known what it multiplies its weights with."""
+    return _is_transposed(layer) or any(
         isinstance(layer, base)
         and all(
             getattr(type(layer), method) is getattr(base, method)
@@ -209,7 +246,10 @@ def _check_kind(layer: nn.Module, name: str) -> None:
         )
         for base in (nn.Linear, *_CONVOLUTIONS)
     )
-    require(known, name, described(f"a {type(layer).__name__}"), _ACCEPTED)
+
+
+def _check_kind(layer: nn.Module, name: str) -> None:
+    require(is_known(layer), name, described(f"a {type(layer).__name__}"), _ACCEPTED)
 
 
 def _is_transposed(layer: nn.Module) -> bool:

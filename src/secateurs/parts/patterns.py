@@ -8,14 +8,20 @@ count to an allocation.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from secateurs.errors import InputError, described, require
+
+T = TypeVar("T", bound=Tensor)
+
+RANKED = 16
+"""Groups up to so long are ranked by comparing all pairs, longer ones are sorted."""
 
 
 class Pattern(Protocol):
@@ -151,14 +157,32 @@ class NM:
     def mask(self, scores: Tensor) -> Tensor:
         """The mask that keeps the n largest scores of each group, earlier ones on ties."""
         groups = self.groups(scores)
-        order = groups.argsort(dim=1, descending=True, stable=True)
-        kept = torch.zeros_like(groups, dtype=torch.bool)
-        kept.scatter_(1, order[:, : self.n], True)
+        if self.m <= RANKED:
+            kept = _ranks(groups) < self.n
+        else:
+            order = groups.argsort(dim=1, descending=True, stable=True)
+            kept = torch.zeros_like(groups, dtype=torch.bool)
+            kept.scatter_(1, order[:, : self.n], True)
         moved = scores.movedim(1, -1).shape
         return kept.reshape(moved).movedim(-1, 1).contiguous()
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
+
+
+def _ranks(groups: Tensor) -> Tensor:
+    """How many of its group are larger than each number, equal ones before it counting too.
+
+    Comparing columns is many times faster than sorting millions of short rows.
+    """
+    columns = groups.t().contiguous()
+    ranks = torch.zeros(columns.shape, dtype=torch.uint8, device=columns.device)
+    for later in range(1, len(columns)):
+        for earlier in range(later):
+            wins = columns[later] > columns[earlier]
+            ranks[earlier] += wins
+            ranks[later] += ~wins
+    return ranks.t()
 
 
 def _matrix_shape(shape: torch.Size) -> tuple[int, int]:
@@ -179,3 +203,34 @@ def parse_pattern(text: str) -> Pattern | NM:
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         return NM(int(match[1]), int(match[2]))
     raise InputError("pattern", text, "unstructured, row, block:RxC, block:RxC:max or N:M")
+
+
+def best_units(
+    units: Mapping[str, Tensor], sizes: Mapping[str, Tensor], keep: int
+) -> dict[str, Tensor]:
+    """The best units, in order of score, whose weights come closest to `keep` in all."""
+    names = sorted(units)
+    flat = torch.cat([units[n] for n in names])
+    order = flat.argsort(descending=True, stable=True)
+    weights = torch.cat([sizes[n] for n in names])[order.cpu()].cumsum(0)
+    with_none = torch.cat([weights.new_zeros(1), weights])
+    count = int((with_none - keep).abs().argmin())
+    chosen = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
+    chosen[order[:count]] = True
+    parts = chosen.split([units[n].numel() for n in names])
+    masks = dict(zip(names, parts, strict=True))
+    return {n: masks[n] for n in units}
+
+
+def fitting(params: Mapping[str, T], pattern: NM) -> tuple[dict[str, T], list[str]]:
+    """The weights whose input dimension the pattern divides, and a note on the others.
+
+    Raises:
+        InputError: there is none.
+    """
+    fits = {n: p for n, p in params.items() if pattern.fits(p.shape)}
+    if not fits:
+        raise InputError("budget", str(pattern), f"a model with inputs that {pattern.m} divides")
+    dense = [n for n in params if n not in fits]
+    note = f"left dense, {pattern.m} does not divide the input dimension: {', '.join(dense)}"
+    return fits, [note] if dense else []

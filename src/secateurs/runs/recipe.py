@@ -8,8 +8,9 @@
       - prune: {method: global-mp, budget: sparsity=0.95}
 
 A stage is `train` (the dense network, by `training`), `prune` (a method with its budget and
-options; it recovers by `finetuning`, or trains itself, as the method does) or `finetune` (a
-further training with the masks kept). Everything is checked before anything runs.
+options; it recovers by `finetuning`, or trains itself, as the method does; `base` names what the
+model was fine-tuned from, for methods that prune the difference) or `finetune` (a further
+training with the masks kept). Everything is checked before anything runs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from secateurs.deploy.timing import check_engines
 from secateurs.errors import InputError, described, require, unknown
 from secateurs.method import Method, Pruner
 from secateurs.registry import build, create
@@ -38,6 +40,7 @@ KEYS = (
     "threads",
     "label_smoothing",
     "latency",
+    "engines",
     "training",
     "finetuning",
     "stages",
@@ -51,7 +54,7 @@ class Stage:
 
     Attributes:
         kind: ``train``, ``prune`` or ``finetune``.
-        method, budget, options, recover: of a ``prune`` stage.
+        method, budget, options, recover, base: of a ``prune`` stage.
         settings: of a ``finetune`` stage, over those of the recipe.
     """
 
@@ -61,13 +64,25 @@ class Stage:
     options: dict[str, Any] = field(default_factory=dict)
     recover: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
+    base: str = ""
 
     def check(self) -> None:
         """Raise `InputError` for a method, option, budget or setting that cannot be."""
         if self.kind == "prune":
-            self.build_method().accept(self.budget)
+            method = self.build_method()
+            method.accept(self.budget)
+            self._check_base("base" in method.needs)
         else:
             build(TrainSettings, self.settings)
+
+    def _check_base(self, needed: bool) -> None:
+        from secateurs.zoo.catalog import has_weights
+
+        if needed != bool(self.base):
+            accepted = "what the model was fine-tuned from" if needed else "none"
+            raise InputError("base", self.base or None, f"{accepted}, for {self.method}")
+        if needed:
+            require(has_weights(self.base), "base", self.base, "a model with weights")
 
     def build_method(self) -> Method:
         """The method of a ``prune`` stage."""
@@ -78,7 +93,8 @@ class Stage:
     def as_yaml(self) -> Any:
         """The stage as it stands in a recipe."""
         if self.kind == "prune":
-            body = {"method": self.method, "budget": self.budget, **self.options}
+            base = {"base": self.base} if self.base else {}
+            body = {"method": self.method, "budget": self.budget, **base, **self.options}
             return {"prune": body if self.recover else {**body, "recover": False}}
         return {self.kind: self.settings} if self.settings else self.kind
 
@@ -95,6 +111,7 @@ class Recipe:
             since sums depend on it.
         label_smoothing: of the training loss.
         latency: whether forward passes are timed.
+        engines: in which; see `secateurs.deploy.timing`.
         training, finetuning: changes to the task's own settings.
         stages: in order.
     """
@@ -107,6 +124,7 @@ class Recipe:
     threads: int | None = None
     label_smoothing: float = 0.0
     latency: bool = True
+    engines: tuple[str, ...] = ("eager",)
     training: dict[str, Any] = field(default_factory=dict)
     finetuning: dict[str, Any] = field(default_factory=dict)
 
@@ -115,11 +133,17 @@ class Recipe:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "[0, 1)")
+        check_engines(self.engines)
         require(bool(self.stages), "stages", [], "at least one stage: " + ", ".join(STAGES))
         build(TrainSettings, self.training)
         build(TrainSettings, self.finetuning)
         for stage in self.stages:
             stage.check()
+        if any(stage.base for stage in self.stages):
+            from secateurs.zoo.catalog import has_weights
+
+            require(has_weights(self.model), "model", self.model,
+                    "a model with weights, fine-tuned from the base")  # fmt: skip
 
     @staticmethod
     def parse(text: str) -> Recipe:
@@ -151,6 +175,8 @@ class Recipe:
         values = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "stages"
         }
+        if self.engines == ("eager",):
+            del values["engines"]  # recipes from before there was a choice keep their identity
         return plain_values({**values, "stages": [stage.as_yaml() for stage in self.stages]})
 
     def as_yaml(self) -> str:
@@ -205,21 +231,25 @@ def parse_stage(value: Any) -> Stage:
     for key in ("method", "budget"):
         if key not in body:
             raise InputError("prune", described(f"no {key!r}"), "method and budget")
-    rest = {k: v for k, v in body.items() if k not in ("method", "budget", "recover")}
+    own = ("method", "budget", "recover", "base")
+    rest = {k: v for k, v in body.items() if k not in own}
     recover = body.get("recover", True)
     if not isinstance(recover, bool):
         raise InputError("recover", recover, "true or false")
-    return Stage("prune", str(body["method"]), str(body["budget"]), rest, recover)
+    base = str(body.get("base") or "")
+    return Stage("prune", str(body["method"]), str(body["budget"]), rest, recover, base=base)
 
 
 def stages_for(method: str, budget: str, options: Mapping[str, Any], *, fresh: bool) -> list[Stage]:
     """The stages of pruning by one method: trained first where the method expects it.
 
     Args:
+        options: of the method; ``base`` among them is the stage's own.
         fresh: whether the model comes without trained weights.
     """
-    prune = Stage("prune", method, budget, dict(options))
-    made = create(method, options)
+    own = {k: v for k, v in options.items() if k != "base"}
+    prune = Stage("prune", method, budget, own, base=str(options.get("base") or ""))
+    made = create(method, own)
     if fresh and made.time != "PBT" and isinstance(made, Pruner):
         return [Stage("train"), prune]
     return [prune]

@@ -18,7 +18,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,7 +35,7 @@ from secateurs.settings import TrainSettings
 from secateurs.state import write_bytes, write_json
 from secateurs.task import Task
 from secateurs.training.loop import fit_once
-from secateurs.workspace import EventLog, Listener, Workspace
+from secateurs.workspace import EventLog, Listener, Workspace, read_events
 from secateurs.zoo.specs import parse_spec
 
 RECIPE, EVENTS, ENVIRONMENT, REPORT = (
@@ -74,12 +74,15 @@ class Run:
         folder: of a run that `create` made.
         shared: folder of dense trainings that several runs have in common.
 
+    Attributes:
+        created: whether this object made the folder.
+
     Raises:
         InputError: the folder is not a run.
     """
 
     def __init__(self, folder: Path, shared: Path | None = None) -> None:
-        self.folder, self.shared = folder, shared
+        self.folder, self.shared, self.created = folder, shared, False
         if not (folder / RECIPE).is_file():
             raise InputError("run", str(folder), f"a folder with {RECIPE}")
         self.recipe = Recipe.read(folder / RECIPE)
@@ -101,12 +104,29 @@ class Run:
         if folder.exists():
             folder.rmdir()
         os.replace(partial, folder)
-        return Run(folder, shared)
+        run = Run(folder, shared)
+        run.created = True
+        return run
 
     @property
     def finished(self) -> bool:
         """Whether the outcome is there."""
         return (self.folder / "outcome" / PLAN).is_file()
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was trained or finished, so that it is worth resuming."""
+        events = read_events(self.folder / EVENTS)
+        return any(event["event"] in ("train", "done", "finished") for event in events)
+
+    def discard(self) -> None:
+        """Take a refused run back: no folder stays if this object made it and nothing has begun.
+
+        A run that another process works on by now is left alone.
+        """
+        if self.created and not self.begun:
+            with suppress(InputError), locked(self.folder / ".lock", "run", patience=0.0):
+                shutil.rmtree(self.folder)
 
     def outcome(self) -> Outcome:
         """The outcome of a finished run, with its model."""
@@ -158,7 +178,7 @@ class Run:
         export_onnx(outcome.model, inputs, self.folder / "model.onnx")
 
     def _stages(self, work: Workspace) -> Outcome:
-        from secateurs.zoo.catalog import has_weights
+        from secateurs.zoo.catalog import base_model, has_weights
 
         recipe = self.recipe
         task = recipe.make_task()
@@ -176,9 +196,11 @@ class Run:
                     stage.build_method(),
                     stage.budget,
                     task,
+                    base=base_model(stage.base, recipe.data) if stage.base else None,
                     seed=recipe.seed,
                     recover=stage.recover,
                     with_latency=recipe.latency,
+                    engines=recipe.engines,
                     work=place,
                 )
                 model = outcome.model

@@ -45,6 +45,30 @@ def unit_scores(
     return found
 
 
+def scale_scores(
+    structure: Structure, scales: Mapping[str, Tensor], aggregate: Aggregate = "mean"
+) -> UnitScores:
+    """|γ| of the units of all free groups that a normalisation scale runs over.
+
+    Where a scale holds several elements of a unit (a norm over flattened positions), their mean
+    counts.
+
+    Args:
+        scales: γ by parameter name, such as `secateurs.parts.scales.norm_scales`.
+        aggregate: over the scales that are tied to one axis.
+    """
+    magnitudes = {n: s.detach().abs() for n, s in scales.items()}
+    ones = {n: torch.ones_like(m) for n, m in magnitudes.items()}
+    found = {}
+    for group in structure.free:
+        sums = slice_scores(structure, group, magnitudes)
+        counts = slice_scores(structure, group, ones)
+        if sums:
+            means = [s / c for s, c in zip(sums, counts, strict=True)]
+            found[group.name] = aggregated(means, aggregate)
+    return found
+
+
 def slice_scores(
     structure: Structure, group: Group, elements: Mapping[str, Tensor]
 ) -> list[Tensor]:

@@ -31,6 +31,7 @@ from secateurs.structure.rules import (
     op_name,
     rule_for,
 )
+from secateurs.task import to_device
 
 
 @dataclass
@@ -81,12 +82,14 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     """Trace `model` in eval mode on `example_inputs` and derive all dimensions.
 
     Args:
-        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keywords.
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keywords; they
+            are moved to where the model is.
 
     Raises:
         InputError: the model cannot be run, or its code depends on the values of its data.
     """
-    args, kwargs = as_call(example_inputs)
+    device = next((t.device for t in named_tensors(model).values()), torch.device("cpu"))
+    args, kwargs = as_call(to_device(example_inputs, device))
     divided = None
     with traceable(model), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")

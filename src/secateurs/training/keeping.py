@@ -1,12 +1,14 @@
-"""Keeping masks while somebody else trains: two hooks on the optimizer.
+"""Acting while somebody else trains: two hooks on the optimizer.
 
-Before the step the gradients of removed weights may be zeroed; after the step the removed
-weights are set to zero again by one fused multiply. It needs nothing of the loop, so it works
-in a bare loop, under `transformers.Trainer`, Lightning or Accelerate alike.
+They need nothing of the loop, so they work in a bare loop, under `transformers.Trainer`,
+Lightning or Accelerate alike. `MaskKeeper` keeps masks: before the step the gradients of removed
+weights may be zeroed; after the step the removed weights are set to zero again by one fused
+multiply. `BeforeStep` lets a function add to the gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -29,7 +31,79 @@ def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-class MaskKeeper:
+class StepHooks:
+    """Acts before and after every step of an optimizer.
+
+    Attributes:
+        step: updates made since the start.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.step = bare_optimizer(optimizer), 0
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def _before_step(
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Act when the gradients are there: now, or after the closure that computes them."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._gradients_are_ready()
+            return None
+
+        def evaluated() -> Any:
+            loss = closure()
+            self._gradients_are_ready()
+            return loss
+
+        return args[:1], {**kwargs, "closure": evaluated}
+
+    def _gradients_are_ready(self) -> None:
+        self.before_step()
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self.step += 1
+        self.after_step()
+
+    def before_step(self) -> None:
+        """For subclasses: gradients are whole and dense."""
+
+    def after_step(self) -> None:
+        """For subclasses: the step is made."""
+
+    def finish(self) -> None:
+        """The last step of the whole training has been made."""
+
+    def state_dict(self) -> Tree:
+        """The step."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Tree) -> None:
+        """Take the step back."""
+        self.step = state["step"]
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+class BeforeStep(StepHooks):
+    """Calls a function when the gradients of a step are there, such as one that adds to them."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, act: Callable[[], None]) -> None:
+        super().__init__(optimizer)
+        self.act = act
+
+    def before_step(self) -> None:
+        self.act()
+
+
+class MaskKeeper(StepHooks):
     """Holds a model to its masks through an optimizer's step hooks.
 
     Args:
@@ -60,21 +134,17 @@ class MaskKeeper:
             optimizer_state,
             "kept or zeroed",
         )
-        self.model, self.masks, self.step = model, masks, 0
-        self.optimizer = bare_optimizer(optimizer)
+        self.model, self.masks = model, masks
         self.gradients, self.optimizer_state = gradients, optimizer_state
         self.params = named_parameters(model, masks)
         masks.check(self.params)
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        held = {id(p) for group in bare_optimizer(optimizer).param_groups for p in group["params"]}
         strangers = [n for n, p in self.params.items() if id(p) not in held]
         if strangers and len(strangers) == len(self.params):
             raise InputError(
                 "optimizer", described("an optimizer of other parameters"), "the model's own"
             )
-        self._handles = [
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
-        ]
+        super().__init__(optimizer)
         self.apply()
 
     def apply(self) -> None:
@@ -82,22 +152,6 @@ class MaskKeeper:
         self.masks.apply_(self.params)
         if self.optimizer_state == "zeroed":
             self.masks.apply_to_state_(self.params, self.optimizer)
-
-    def _before_step(
-        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Act when the gradients are there: now, or after the closure that computes them."""
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._gradients_are_ready()
-            return None
-
-        def evaluated() -> Any:
-            loss = closure()
-            self._gradients_are_ready()
-            return loss
-
-        return args[:1], {**kwargs, "closure": evaluated}
 
     def _gradients_are_ready(self) -> None:
         self.before_step()
@@ -111,9 +165,6 @@ class MaskKeeper:
         if self.optimizer_state == "zeroed":
             self.masks.apply_to_state_(self.params, self.optimizer)
 
-    def before_step(self) -> None:
-        """For subclasses: gradients are whole and dense."""
-
     def after_step(self) -> None:
         """For subclasses: the step is made and removed weights are zero."""
 
@@ -124,16 +175,10 @@ class MaskKeeper:
     def state_dict(self) -> Tree:
         """Masks and step."""
         shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
-        return {"step": self.step, "masks": self.masks.pack(), "shapes": shapes}
+        return {**super().state_dict(), "masks": self.masks.pack(), "shapes": shapes}
 
     def load_state_dict(self, state: Tree) -> None:
         """Take masks and step back."""
-        self.step = state["step"]
+        super().load_state_dict(state)
         masks = Masks.unpack(state["masks"], state["shapes"])
         self.masks.update({n: m.to(self.params[n].device) for n, m in masks.items()})
-
-    def remove(self) -> None:
-        """Take the hooks off the optimizer."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []

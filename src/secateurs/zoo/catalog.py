@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateurs.errors import require
 from secateurs.outcome import load
 from secateurs.settings import TrainSettings
 from secateurs.task import Task, classification, language_modelling, seeded
@@ -17,7 +18,15 @@ from secateurs.zoo.likeness import is_noise, likeness
 from secateurs.zoo.models import ModelSource, has_weights, load_model, saved_outcome
 from secateurs.zoo.specs import parse_spec
 
-__all__ = ["default_settings", "has_weights", "inspectable", "make_task", "remake", "task_of"]
+__all__ = [
+    "base_model",
+    "default_settings",
+    "has_weights",
+    "inspectable",
+    "make_task",
+    "remake",
+    "task_of",
+]
 
 Settings = tuple[TrainSettings, TrainSettings]
 
@@ -152,6 +161,19 @@ def remake(model: str, data: str | None = None, width: float = 1.0) -> nn.Module
     found = None if data is None or is_noise(data) else load_data(data)
     source = load_model(parse_spec(model, "model").title, data=found, width=width)
     return seeded(source.architecture, 0)
+
+
+def base_model(model: str, data: str | None = None) -> nn.Module:
+    """A model with its weights, what others were fine-tuned from; in eval mode.
+
+    What it still has to draw, such as a head for other classes, is the same every time.
+
+    Raises:
+        InputError: the model comes without weights, or cannot be had.
+    """
+    require(has_weights(model), "base", model, "a model with weights")
+    found = None if data is None or is_noise(data) else load_data(data)
+    return seeded(load_model(model, data=found).make, 0).eval()
 
 
 def inspectable(model: str, data: str | None = None) -> tuple[nn.Module, Any, Mapping[str, Tensor]]:

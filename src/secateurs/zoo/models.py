@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from secateurs.state import read_tensors
 from secateurs.task import Task
 from secateurs.zoo.datasets import Data, load_data
 from secateurs.zoo.networks import Shape, find_network, make_network, networks
-from secateurs.zoo.specs import Options, Spec, imported_function, parse_spec
+from secateurs.zoo.specs import Options, Spec, imported_function, parameters_of, parse_spec
 
 Make = Callable[[], nn.Module]
 
@@ -269,7 +268,7 @@ def _python(spec: Spec, options: Options, data: Data | None) -> ModelSource:
     trained = options.flag("trained")
     options.done()
     function = imported_function(spec, "model")
-    wide = "width" in inspect.signature(function).parameters
+    wide = "width" in parameters_of(function)
 
     def checked(model: Any) -> nn.Module:
         if isinstance(model, Task):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,13 +124,13 @@ class Options:
 
 
 def imported_function(spec: Spec, argument: str) -> Callable[..., Any]:
-    """The function that ``python:module:function`` names.
+    """The function that ``python:module:function`` names; it can be called without arguments.
 
     The module is one that Python finds, one in the working folder, or the path of a ``.py``
     file. Its code runs.
 
     Raises:
-        InputError: there is no such module or function.
+        InputError: there is no such module or function, or the function needs arguments.
     """
     where, _, function = spec.name.rpartition(":")
     require(bool(where and function), argument, spec.text, "python:module:function")
@@ -138,7 +139,27 @@ def imported_function(spec: Spec, argument: str) -> Callable[..., Any]:
     if not callable(made):
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise unknown(f"{argument} function of {where}", function, names)
+    needed = [
+        name
+        for name, parameter in parameters_of(made).items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if needed:
+        raise InputError(
+            argument,
+            spec.text,
+            f"a function that is called without arguments; this one needs {', '.join(needed)}",
+        )
     return made
+
+
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a function by name; none where Python cannot tell."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # compiled code without a signature
+        return {}
 
 
 def _module(where: str, argument: str) -> ModuleType:

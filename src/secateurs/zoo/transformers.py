@@ -52,15 +52,32 @@ class FeedForward(nn.Module):
         return result
 
 
+class GatedFeedForward(nn.Module):
+    """down(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden)
+        self.up = nn.Linear(dim, hidden)
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, dim) -> (N, T, dim)."""
+        result: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return result
+
+
 class TransformerBlock(nn.Module):
     """Attention and feed-forward, each normalised before and added to its input."""
 
-    def __init__(self, dim: int, num_heads: int, hidden: int, causal: bool = False) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, hidden: int, causal: bool = False, gated: bool = False
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attention = Attention(dim, num_heads, causal)
         self.norm2 = nn.LayerNorm(dim)
-        self.feed_forward = FeedForward(dim, hidden)
+        self.feed_forward = (GatedFeedForward if gated else FeedForward)(dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T, dim) -> (N, T, dim)."""
@@ -73,13 +90,23 @@ class VisionTransformer(nn.Module):
     """Patches, a learned position each, transformer blocks, the mean token, a linear layer."""
 
     def __init__(
-        self, inputs: Shape, patch: int, dim: int, heads: int, depth: int, hidden: int, classes: int
+        self,
+        inputs: Shape,
+        patch: int,
+        dim: int,
+        heads: int,
+        depth: int,
+        hidden: int,
+        classes: int,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         self.grid = (inputs[1] // patch, inputs[2] // patch)
         self.patches = nn.Conv2d(inputs[0], dim, patch, stride=patch)
         self.positions = nn.Parameter(torch.randn(1, dim, *self.grid) * 0.02)
-        self.blocks = nn.ModuleList(TransformerBlock(dim, heads, hidden) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(dim, heads, hidden, gated=gated) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(dim)
         self.classifier = nn.Linear(dim, classes)
 
@@ -107,6 +134,7 @@ def vit(
     heads: int = 4,
     depth: int = 4,
     hidden: int = 192,
+    gated: bool = False,
 ) -> nn.Module:
     """A small vision transformer (after arXiv 2010.11929, with the mean token as its output).
 
@@ -117,12 +145,14 @@ def vit(
         heads: of the attention; their number does not change with the width, their size does.
         depth: blocks.
         hidden: neurons of a feed-forward layer at width 1.
+        gated: whether these are gated, silu(gate(x)) · up(x).
     """
     dim = _stream(dim, heads, depth, hidden, width)
     patch = patch or _patch(min(inputs[1:]))
     divides = inputs[1] % patch == 0 and inputs[2] % patch == 0
     require(divides, "patch", patch, f"a divisor of the image's sides {inputs[1:]}")
-    return VisionTransformer(inputs, patch, dim, heads, depth, scaled(hidden, width), classes)
+    neurons = scaled(hidden, width)
+    return VisionTransformer(inputs, patch, dim, heads, depth, neurons, classes, gated)
 
 
 def _patch(side: int) -> int:

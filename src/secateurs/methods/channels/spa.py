@@ -36,7 +36,7 @@ from secateurs.analysis.recalibration import recalibrate
 from secateurs.calibration.compensation import compensate, removal_costs
 from secateurs.errors import InputError, described, require
 from secateurs.method import Pruner
-from secateurs.outcome import Outcome, Promise
+from secateurs.outcome import Outcome
 from secateurs.parts.budgets import Budget
 from secateurs.parts.prunable import prunable_parameters
 from secateurs.parts.saliency import Probe, grasp, magnitude, snip, weight_gradient
@@ -45,9 +45,8 @@ from secateurs.settings import option
 from secateurs.structure.axes import Group, Structure
 from secateurs.structure.choice import Choice, Limits, choose
 from secateurs.structure.cost import structure_cost
-from secateurs.structure.persistence import plan_of
+from secateurs.structure.removal import promise_of, remove
 from secateurs.structure.scores import Aggregate, Normalize, aggregated, normalized, unit_scores
-from secateurs.structure.surgery import shorten
 from secateurs.structure.trace import trace
 from secateurs.task import Task
 from secateurs.training.batches import calibration_inputs, noise_like, some_batches
@@ -149,12 +148,7 @@ class StructurallyPruneAnything(Pruner):
                 structure, scores, cost.of, target, scope=self.scope, limits=self.limits()
             )
             self._cut(outcome, structure, choice)
-        outcome.promise = Promise(
-            budget.kind,
-            dense.asked,
-            dense.reached(choice.cost),
-            max(abs(dense.reached(choice.cost_before_last) - dense.reached(choice.cost)), 1e-12),
-        )
+        outcome.promise = promise_of(budget, dense, choice)
         if self.when == "no-training" and self.recalibration and self.inputs == "training":
             recalibrate(outcome.model, task.training_loader(), self._batches(task), seed=seed)
         outcome.notes = list(dict.fromkeys(outcome.notes))
@@ -164,12 +158,7 @@ class StructurallyPruneAnything(Pruner):
     def _cut(self, outcome: Outcome, structure: Structure, choice: Choice) -> None:
         if self.when == "no-training" and self.compensation:
             outcome.notes += compensate(structure, choice.kept, self.damping)
-        rows = axes_table(structure, choice)
-        made = shorten(structure.trace, choice.kept)
-        outcome.surgery.append(plan_of(structure, choice.kept, made))
-        outcome.model = made.model
-        outcome.notes += made.notes
-        outcome.tables["axes"] = rows
+        remove(outcome, structure, choice)
 
     def _inputs(self, task: Task, seed: int) -> Any:
         """What the model is traced on: for OBSPA all calibration inputs at once."""
@@ -245,16 +234,3 @@ class StructurallyPruneAnything(Pruner):
             return snip(probe)
         found = grasp(probe)
         return found if criterion == "grasp" else {n: s.abs() for n, s in found.items()}
-
-
-def axes_table(structure: Structure, choice: Choice) -> list[dict[str, Any]]:
-    """Units before and after, an axis a row."""
-    return [
-        {
-            "axis": group.name,
-            "role": group.role,
-            "kept": len(choice.kept.get(group.axis, range(group.size))),
-            "total": group.size,
-        }
-        for group in structure.free
-    ]

@@ -25,7 +25,14 @@ from secateurs.parts.allocation import (
 )
 from secateurs.parts.budgets import Budget
 from secateurs.parts.masks import Masks
-from secateurs.parts.patterns import NM, Pattern, Unstructured, parse_pattern
+from secateurs.parts.patterns import (
+    NM,
+    Pattern,
+    Unstructured,
+    best_units,
+    fitting,
+    parse_pattern,
+)
 from secateurs.parts.saliency import Probe, saliency
 from secateurs.parts.schedules import Exponential
 from secateurs.registry import Tags, register
@@ -164,32 +171,3 @@ class OneShot(Pruner):
 def largest_unit(params: Mapping[str, nn.Parameter], pattern: Pattern) -> int:
     """Weights of the largest unit of a pattern."""
     return max(int(pattern.unit_sizes(p.shape).max()) for p in params.values())
-
-
-def best_units(
-    units: Mapping[str, Tensor], sizes: Mapping[str, Tensor], keep: int
-) -> dict[str, Tensor]:
-    """The best units, in order of score, whose weights come closest to `keep` in all."""
-    names = sorted(units)
-    flat = torch.cat([units[n] for n in names])
-    order = flat.argsort(descending=True, stable=True)
-    weights = torch.cat([sizes[n] for n in names])[order.cpu()].cumsum(0)
-    with_none = torch.cat([weights.new_zeros(1), weights])
-    count = int((with_none - keep).abs().argmin())
-    chosen = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
-    chosen[order[:count]] = True
-    parts = chosen.split([units[n].numel() for n in names])
-    masks = dict(zip(names, parts, strict=True))
-    return {n: masks[n] for n in units}
-
-
-def fitting(
-    params: Mapping[str, nn.Parameter], pattern: NM
-) -> tuple[dict[str, nn.Parameter], list[str]]:
-    """The weights whose input dimension the pattern divides, and a note on the others."""
-    fits = {n: p for n, p in params.items() if pattern.fits(p.shape)}
-    if not fits:
-        raise InputError("budget", str(pattern), f"a model with inputs that {pattern.m} divides")
-    dense = [n for n in params if n not in fits]
-    note = f"left dense, {pattern.m} does not divide the input dimension: {', '.join(dense)}"
-    return fits, [note] if dense else []

@@ -1,0 +1,326 @@
+"""Pruners that look at one layer at a time: a matrix, and what it is fed.
+
+Magnitude, Wanda and SparseGPT differ in one function, `prune_layer`. What they share is here:
+which layers (those in the blocks of `secateurs.calibration.blocks`; embeddings and heads stay),
+how the budget reaches them, the patterns, the walk. A layer's weight is taken as matrices
+(groups, out, d), as `secateurs.calibration.moments` has them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from secateurs.calibration.blocks import find_blocks, owner_of
+from secateurs.calibration.moments import (
+    Moments,
+    is_known,
+    weight_from_matrices,
+    weight_matrices,
+)
+from secateurs.calibration.walk import Visit, Weights, walk
+from secateurs.errors import InputError, described, require
+from secateurs.method import Pruner, masked_outcome
+from secateurs.outcome import Outcome
+from secateurs.parts.allocation import counts_from_densities
+from secateurs.parts.budgets import Budget
+from secateurs.parts.masks import Masks
+from secateurs.parts.patterns import NM, Pattern, Unstructured, best_units, fitting, parse_pattern
+from secateurs.parts.prunable import prunable_parameters
+from secateurs.parts.topk import select_largest
+from secateurs.settings import option
+from secateurs.task import Task, batch_size, head
+from secateurs.training.batches import calibration_inputs
+from secateurs.workspace import Workspace
+
+Scope = Literal["row", "matrix"]
+Statistic = Literal["none", "squares", "products"]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a layer must come down to.
+
+    Attributes:
+        keep: weights that stay.
+        pattern: of what goes; for `NM`, `keep` follows from it.
+    """
+
+    keep: int
+    pattern: Pattern | NM
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A layer after it was pruned.
+
+    Attributes:
+        weight: (groups, out, d).
+        mask: the same shape, True = keep.
+        note: what a reader should know; "" if nothing.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class LayerwisePruner(Pruner):
+    """Every layer of every block by itself, in the order in which the model runs them."""
+
+    statistic: ClassVar[Statistic] = "none"
+    """What `prune_layer` asks to know of a layer's inputs."""
+
+    pattern: str = option("unstructured", "unstructured, block:RxC, or N:M by the budget")
+    samples: int = option(128, "calibration inputs", "samples")
+    batch: int = option(8, "samples that run at once", "samples")
+    exclude: tuple[str, ...] = option((), "regular expressions of weights to leave dense")
+
+    def __post_init__(self) -> None:
+        parse_pattern(self.pattern)
+        require(self.samples >= 1, "samples", self.samples, "at least 1")
+        require(self.batch >= 1, "batch", self.batch, "at least 1")
+
+    @abstractmethod
+    def prune_layer(self, weight: Tensor, removal: Removal, moments: Moments | None) -> Pruned:
+        """Prune one layer.
+
+        Args:
+            weight: (groups, out, d).
+            moments: of its inputs, as `statistic` says; None where it asks for none.
+        """
+
+    def prunable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Weights of layers inside blocks; where the inputs count, of those that say theirs."""
+        modules = dict(model.named_modules())
+        inside = {
+            name: parameter
+            for name, parameter in self._inside(model).items()
+            if self.statistic == "none" or is_known(modules[name.rpartition(".")[0]])
+        }
+        kinds = "Linear or convolution layers in its blocks"
+        require(bool(inside), "model", described(f"{type(model).__name__} without any"), kinds)
+        return inside
+
+    def _inside(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        blocks = find_blocks(model)
+        found = prunable_parameters(model, exclude=self.exclude)
+        return {n: p for n, p in found.items() if owner_of(n, blocks) is not None}
+
+    def prune(
+        self,
+        model: nn.Module,
+        budget: Budget,
+        task: Task | None = None,
+        *,
+        seed: int = 0,
+        work: Workspace | None = None,
+        densities: Mapping[str, float] | None = None,
+    ) -> Outcome:
+        """As `Pruner.prune`; `densities` by weight, of an allocation, instead of all the same."""
+        params = self.prunable(model)
+        removals, notes = self.removals(params, budget, densities)
+        if hidden := [name for name in self._inside(model) if name not in params]:
+            notes.append(f"left dense, their inputs cannot be seen: {', '.join(hidden)}")
+        masks, more = self.apply(model, removals, self.batches(task, seed), work=work)
+        unit = largest_unit(params, removals)
+        return masked_outcome(model, Masks(masks), notes=[*notes, *more], unit=unit)
+
+    def batches(self, task: Task | None, seed: int) -> list[Any]:
+        """Calibration inputs; none where the method looks at none.
+
+        Raises:
+            InputError: the task has fewer than `samples`.
+        """
+        if self.statistic == "none":
+            return []
+        if task is None:
+            raise InputError("task", None, f"a Task: {self.name} looks at what layers are fed")
+        inputs = calibration_inputs(task.training_loader(), self.samples, seed, task.unpack)
+        return split(inputs, self.samples, self.batch)
+
+    def removals(
+        self,
+        params: Mapping[str, Tensor],
+        budget: Budget,
+        densities: Mapping[str, float] | None = None,
+    ) -> tuple[dict[str, Removal], list[str]]:
+        """What each weight comes down to, and notes on those that are left dense.
+
+        Args:
+            densities: by name, from an allocation; all the same by default.
+        """
+        pattern = parse_pattern(self.pattern)
+        if budget.kind == "n:m":
+            fixed = NM(budget.n, budget.m)
+            fits, notes = fitting(params, fixed)
+            return {
+                n: Removal(p.numel() * budget.n // budget.m, fixed) for n, p in fits.items()
+            }, notes
+        if isinstance(pattern, NM):
+            raise InputError("budget", str(budget), f"{pattern}, the density of the pattern")
+        size = {n: p.numel() for n, p in params.items()}
+        keep = budget.kept(sum(size.values()), 0)
+        share = densities or dict.fromkeys(size, keep / sum(size.values()))
+        counts = counts_from_densities({n: share[n] for n in size}, size, keep)
+        return {n: Removal(count, pattern) for n, count in counts.items()}, []
+
+    def apply(
+        self,
+        model: nn.Module,
+        removals: Mapping[str, Removal],
+        batches: Sequence[Any],
+        *,
+        weights: Weights | None = None,
+        work: Workspace | None = None,
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Prune the weights that `removals` names, in place, block by block."""
+        masks: dict[str, Tensor] = {}
+        notes: list[str] = []
+        work = work or Workspace()
+        total = len(find_blocks(model))
+        with work.progress(f"{self.name}: blocks", total) as advance:
+            for visit in self.visits(model, batches, weights):
+                found, more = self.prune_block(visit, removals)
+                masks.update(found)
+                notes += more
+                advance(visit.index + 1)
+        # in the order of the model, and dense where an expert or a tower was never reached
+        return {name: masks[name] for name in removals}, notes
+
+    def visits(
+        self, model: nn.Module, batches: Sequence[Any], weights: Weights | None = None
+    ) -> Iterator[Visit]:
+        """The blocks, with what they are fed where the method looks at it."""
+        if self.statistic != "none":
+            yield from walk(model, batches, weights=weights)
+            return
+        blocks = find_blocks(model)
+        for index, (name, block) in enumerate(blocks.items()):
+            if weights is None or weights.wanted(name):
+                with weights.held(name) if weights is not None else nullcontext():
+                    yield Visit(name, index, len(blocks), block, ())
+
+    def prune_block(
+        self, visit: Visit, removals: Mapping[str, Removal]
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Prune the layers of one block in place; masks in the shapes of the weights."""
+        own = {n: p for n, p in named_weights(visit).items() if n in removals}
+        layers = {n.rpartition(".")[0]: n for n in own}
+        modules = {f"{visit.name}.{n}".strip("."): m for n, m in visit.block.named_modules()}
+        seen: dict[str, Moments] = {}
+        if self.statistic != "none":
+            seen = visit.moments(layers, products=self.statistic == "products")
+        masks: dict[str, Tensor] = {}
+        notes = []
+        for layer, name in layers.items():
+            moments = seen.pop(layer, None)
+            if self.statistic == "none" or moments is not None:
+                masks[name], note = self._prune_one(
+                    own[name], modules[layer], removals[name], moments
+                )
+            else:
+                note = "no calibration input reached it; pruned by magnitude"
+                masks[name] = smallest_removed(own[name], removals[name])
+            if note:
+                notes.append(f"{name}: {note}")
+        return masks, notes
+
+    @torch.no_grad()
+    def _prune_one(
+        self, parameter: nn.Parameter, module: nn.Module, removal: Removal, moments: Moments | None
+    ) -> tuple[Tensor, str]:
+        if not is_known(module):
+            made = self.prune_layer(parameter.flatten(1)[None], removal, moments)
+            parameter.copy_(made.weight.reshape(parameter.shape))
+            return made.mask.reshape(parameter.shape), made.note
+        weight = weight_matrices(module)
+        if isinstance(removal.pattern, NM) and parameter.ndim > 2:
+            # groups run along the channels, kernel position by kernel position
+            order = torch.arange(weight.shape[2], device=weight.device)
+            order = order.view(parameter.shape[1], -1).t().reshape(-1)
+            moments = None if moments is None else moments.in_order(order)
+            moved = self.prune_layer(weight[..., order], removal, moments)
+            back = order.argsort()
+            made = Pruned(moved.weight[..., back], moved.mask[..., back], moved.note)
+        else:
+            made = self.prune_layer(weight, removal, moments)
+        parameter.copy_(weight_from_matrices(module, made.weight))
+        return weight_from_matrices(module, made.mask), made.note
+
+
+@torch.no_grad()
+def smallest_removed(parameter: nn.Parameter, removal: Removal) -> Tensor:
+    """Remove the smallest weights of a parameter in place; the mask."""
+    mask = mask_of(parameter.abs().flatten(1)[None], removal, "matrix").reshape(parameter.shape)
+    parameter.mul_(mask)
+    return mask
+
+
+def mask_of(scores: Tensor, removal: Removal, scope: Scope) -> Tensor:
+    """Which weights of a layer stay.
+
+    Args:
+        scores: (groups, out, d).
+        scope: compare within each output row, whose counts then differ by one at most, or all.
+    """
+    matrix = scores.flatten(0, 1)
+    if isinstance(removal.pattern, NM):
+        return removal.pattern.mask(matrix).reshape(scores.shape)
+    if not isinstance(removal.pattern, Unstructured):
+        units = {"": removal.pattern.pool(matrix)}
+        sizes = {"": removal.pattern.unit_sizes(matrix.shape)}
+        kept = best_units(units, sizes, removal.keep)[""]
+        return removal.pattern.expand(kept, matrix.shape).reshape(scores.shape)
+    if scope == "matrix":
+        return select_largest([matrix], removal.keep)[0].reshape(scores.shape)
+    rows = len(matrix)
+    ends = [removal.keep * row // rows for row in range(rows + 1)]
+    counts = torch.tensor([b - a for a, b in pairwise(ends)])
+    order = matrix.argsort(dim=1, descending=True, stable=True)
+    stays = torch.arange(matrix.shape[1]) < counts[:, None]
+    mask = torch.zeros(matrix.shape, dtype=torch.bool, device=matrix.device)
+    return mask.scatter_(1, order, stays.to(matrix.device)).reshape(scores.shape)
+
+
+def named_weights(visit: Visit) -> dict[str, nn.Parameter]:
+    """Parameters of a block by their names in the whole model."""
+    return {f"{visit.name}.{n}".strip("."): p for n, p in visit.block.named_parameters()}
+
+
+def largest_unit(params: Mapping[str, Tensor], removals: Mapping[str, Removal]) -> int:
+    """Weights of the largest unit."""
+    return max(
+        1 if isinstance(r.pattern, NM) else int(r.pattern.unit_sizes(params[n].shape).max())
+        for n, r in removals.items()
+    )
+
+
+def split(inputs: Any, samples: int, size: int) -> list[Any]:
+    """Nested inputs in batches of `size`.
+
+    Raises:
+        InputError: fewer than `samples`.
+    """
+    there = batch_size(inputs)
+    require(there >= samples, "samples", samples, f"at most {there}, all that the data has")
+    return [tail(head(inputs, start + size), start) for start in range(0, samples, size)]
+
+
+def tail(value: Any, start: int) -> Any:
+    """A nested batch without its first `start` samples."""
+    if isinstance(value, Tensor):
+        return value[start:]
+    if isinstance(value, Mapping):
+        return {k: tail(v, start) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(tail(v, start) for v in value)
+    return value

@@ -1,0 +1,1 @@
+"""Methods that make the difference of a fine-tuned model to its base small."""

@@ -1,0 +1,47 @@
+"""Removing what a choice leaves out: the model, its record and its promise go into the outcome."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from secateurs.outcome import Outcome, Promise
+from secateurs.parts.budgets import Budget
+from secateurs.structure.axes import Structure
+from secateurs.structure.choice import Choice
+from secateurs.structure.cost import StructureCost
+from secateurs.structure.persistence import plan_of
+from secateurs.structure.surgery import shorten
+
+
+def remove(outcome: Outcome, structure: Structure, choice: Choice) -> None:
+    """Shorten the traced model to the chosen units; the structure is of no more use.
+
+    The outcome gets the smaller model, the plan by which it is made again, notes, and a table of
+    the axes.
+    """
+    rows = axes_table(structure, choice)
+    made = shorten(structure.trace, choice.kept)
+    outcome.surgery.append(plan_of(structure, choice.kept, made))
+    outcome.model = made.model
+    outcome.notes += made.notes
+    outcome.tables["axes"] = rows
+
+
+def axes_table(structure: Structure, choice: Choice) -> list[dict[str, Any]]:
+    """Units before and after, an axis a row."""
+    return [
+        {
+            "axis": group.name,
+            "role": group.role,
+            "kept": len(choice.kept.get(group.axis, range(group.size))),
+            "total": group.size,
+        }
+        for group in structure.free
+    ]
+
+
+def promise_of(budget: Budget, cost: StructureCost, choice: Choice) -> Promise:
+    """The budget as asked and as reached; the tolerance is what the last unit cost."""
+    reached = cost.reached(choice.cost)
+    last = abs(cost.reached(choice.cost_before_last) - reached)
+    return Promise(budget.kind, cost.asked, reached, max(last, 1e-12))

@@ -1,0 +1,199 @@
+"""From disk to disk: what comes out is what the same method makes in memory, byte for byte."""
+
+import copy
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import secateurs as sc
+from secateurs.calibration.shards import INDEX
+from secateurs.errors import InputError
+from secateurs.registry import create
+
+BATCHES = [
+    torch.randint(0, 100, (4, 16), generator=torch.Generator().manual_seed(i)) for i in (1, 2)
+]
+
+
+def small_llama(**changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64}
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **changes}))
+
+
+@pytest.fixture
+def dense(tmp_path):
+    small_llama().save_pretrained(tmp_path / "dense", max_shard_size="30KB")
+    return tmp_path / "dense"
+
+
+def reread(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def hashes(folder):
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "budget"),
+    [("magnitude", "sparsity=0.5"), ("wanda", "2:4"), ("sparsegpt", "sparsity=0.6")],
+)
+def test_it_is_what_the_method_makes_in_memory_and_from_pretrained_reads_it(
+    dense, tmp_path, method, budget
+):
+    told = sc.prune_checkpoint(dense, tmp_path / "out", method, budget, BATCHES)
+    chosen, model = create(method, {}), small_llama()
+    removals, _ = chosen.removals(chosen.prunable(model), chosen.accept(budget))
+    masks, _ = chosen.apply(model, removals, BATCHES)
+    read = reread(tmp_path / "out").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, read[name]), name
+    assert {e["name"]: e["kept"] for e in told["layers"]} == {
+        n: int(m.sum()) for n, m in masks.items()
+    }
+    assert told["sparsity"] == pytest.approx(0.6 if method == "sparsegpt" else 0.5, abs=1e-4)
+    assert json.loads((tmp_path / "out" / "secateurs.json").read_text()) == told
+    assert sc.prune_checkpoint(dense, tmp_path / "out", method, budget, BATCHES) == told
+
+
+def test_tied_embeddings_stand_in_the_files_once(tmp_path):
+    small_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
+    sc.prune_checkpoint(tmp_path / "dense", tmp_path / "out", "wanda", "2:4", BATCHES)
+    read = reread(tmp_path / "out")
+    assert read.lm_head.weight is read.model.embed_tokens.weight
+    dense = reread(tmp_path / "dense")
+    assert torch.equal(read.lm_head.weight, dense.lm_head.weight)
+
+
+def test_an_encoder_decoder_goes_the_same_way(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4}
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**sizes, num_layers=2)).eval()
+    model.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    batches = [{"input_ids": b, "decoder_input_ids": b} for b in BATCHES]
+    sc.prune_checkpoint(tmp_path / "dense", tmp_path / "out", "wanda", "sparsity=0.5", batches)
+    chosen, same = create("wanda", {}), copy.deepcopy(model)
+    removals, _ = chosen.removals(chosen.prunable(same), chosen.accept("sparsity=0.5"))
+    chosen.apply(same, removals, batches)
+    read = T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(t, read.state_dict()[n]) for n, t in same.state_dict().items())
+
+
+WORKER = """
+import sys
+from pathlib import Path
+
+import torch
+
+import secateurs as sc
+from secateurs.calibration import shards
+
+slow = shards.write_shard
+
+
+def write(path, tensors):
+    print(path.name, flush=True)
+    sys.stdin.readline()
+    slow(path, tensors)
+
+
+shards.write_shard = write
+batches = [torch.tensor(b) for b in {batches}]
+sc.prune_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), "wanda", "2:4", batches)
+"""
+
+
+@pytest.mark.parametrize("shards_before", [0, 1, 2, 3])
+def test_killed_at_any_block_it_goes_on_and_writes_the_same_bytes(dense, tmp_path, shards_before):
+    sc.prune_checkpoint(dense, tmp_path / "whole", "wanda", "2:4", BATCHES)
+    script = WORKER.format(batches=[b.tolist() for b in BATCHES])
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(dense), str(tmp_path / "killed")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:  # fmt: skip
+        for number in range(shards_before + 1):
+            assert process.stdout.readline(), "it ended before it was killed"
+            if number < shards_before:
+                process.stdin.write("\n")
+                process.stdin.flush()
+        time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    finished = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("model-block*")}
+    assert len(finished) == min(shards_before, 3)
+    assert not (tmp_path / "killed" / INDEX).exists()
+    sc.prune_checkpoint(dense, tmp_path / "killed", "wanda", "2:4", BATCHES)
+    assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
+    for name, written in finished.items():
+        assert (tmp_path / "killed" / name).stat().st_mtime_ns == written, "pruned twice"
+
+
+def broken(dense, how):
+    shard = sorted(dense.glob("model-*.safetensors"))[1]
+    if how == "missing":
+        shard.unlink()
+    elif how == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-10])
+    elif how == "not safetensors":
+        shard.write_bytes(b"PK\x03\x04")
+    else:
+        tensors = load_file(shard)
+        name = next(n for n in tensors if "proj" in n)
+        if how == "nan":
+            tensors[name][0, 0] = torch.nan
+        if how == "shape":
+            tensors[name] = tensors[name][:, :-1].contiguous()
+        save_file(tensors, shard, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", r"shard: got .*model-00002.*existing file"),
+        ("truncated", r"bytes in .*model-00002.*as its header says"),
+        ("not safetensors", r"model-00002.*a whole safetensors file"),
+        ("nan", r"NaN in the weights"),
+        ("shape", r"checkpoint .*proj.*shape"),
+    ],
+)
+def test_a_broken_checkpoint_is_refused_by_name(dense, tmp_path, how, message):
+    broken(dense, how)
+    with pytest.raises(InputError, match=message):
+        sc.prune_checkpoint(dense, tmp_path / "out", "wanda", "2:4", BATCHES)
+    assert not (tmp_path / "out" / INDEX).exists()
+
+
+def test_what_it_is_not_made_for_is_refused(dense, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="layer-wise"):
+        sc.prune_checkpoint(dense, out, "global-mp", "sparsity=0.5")
+    with pytest.raises(InputError, match="batches"):
+        sc.prune_checkpoint(dense, out, "wanda", "2:4")
+    with pytest.raises(InputError, match="folder"):
+        sc.prune_checkpoint(tmp_path, out, "wanda", "2:4", BATCHES)
+    assert not out.exists()
+    sc.prune_checkpoint(dense, out, "wanda", "2:4", BATCHES)
+    with pytest.raises(InputError, match="output folder: got a run with budget 2:4"):
+        sc.prune_checkpoint(dense, out, "wanda", "1:4", BATCHES)
+    with pytest.raises(InputError, match="output folder: got a run with inputs"):
+        sc.prune_checkpoint(dense, out, "wanda", "2:4", BATCHES[:1])

@@ -1,0 +1,54 @@
+"""Scales of norms: which there are, and the pull on them against autograd."""
+
+import pytest
+import torch
+from torch import nn
+
+from secateurs.errors import InputError
+from secateurs.parts.scales import add_l1_subgradient_, norm_scales
+
+
+def test_the_scales_of_all_norms_are_found_once():
+    shared = nn.BatchNorm2d(4)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), shared, nn.BatchNorm2d(4, affine=False), nn.GroupNorm(2, 4),
+        nn.Sequential(nn.LayerNorm(5), shared), nn.InstanceNorm2d(4), nn.Conv2d(4, 2, 1),
+    )  # fmt: skip
+    scales = norm_scales(model)
+    assert list(scales) == ["1.weight", "3.weight", "4.0.weight"]
+    assert scales["1.weight"] is shared.weight
+    assert list(norm_scales(nn.BatchNorm1d(3))) == ["weight"]
+
+
+@pytest.mark.parametrize("norms", [[], [nn.BatchNorm1d(3, affine=False), nn.InstanceNorm1d(3)]])
+def test_a_model_without_scales_is_refused(norms):
+    with pytest.raises(InputError, match="model: got Sequential without scales; accepted: a model"):
+        norm_scales(nn.Sequential(nn.Linear(3, 3), *norms))
+
+
+def test_the_pull_is_the_subgradient_of_the_sum_of_magnitudes():
+    """Against autograd on loss + λ Σ|γ|, and 0 at γ = 0."""
+    torch.manual_seed(0)
+    strength = 0.3
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.LayerNorm(5)).double()
+    with torch.no_grad():
+        for norm in model[1:]:
+            norm.weight.copy_(torch.tensor([1.5, -0.2, 0.0, -3.0, 1e-9]))
+    scales, inputs = norm_scales(model), torch.randn(8, 6, dtype=torch.float64)
+    loss = model(inputs).square().mean()
+    whole = loss + strength * sum(scale.abs().sum() for scale in scales.values())
+    wanted = torch.autograd.grad(whole, list(model.parameters()), retain_graph=True)
+    plain = torch.autograd.grad(loss, list(scales.values()), retain_graph=True)
+    loss.backward()
+    add_l1_subgradient_(scales, strength)
+    for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-15)
+    for scale, gradient in zip(scales.values(), plain, strict=True):
+        assert scale.grad[2] == gradient[2]
+
+
+def test_scales_without_a_gradient_are_pulled_unless_they_are_fixed():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).requires_grad_(False))
+    add_l1_subgradient_(norm_scales(model), 0.25)
+    assert model[0].weight.grad.tolist() == [0.25, 0.25]
+    assert model[1].weight.grad is None
