@@ -174,8 +174,10 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(out)
     weight = model.model.layers[-1].mlp.down_proj.weight
     groups = (weight.reshape(-1, 4) != 0).sum(1)
-    print(f"from_pretrained: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion "
-          f"parameters, non-zeros of a group of 4 in the last matrix: {groups.unique().tolist()}")  # fmt: skip
+    billions = sum(p.numel() for p in model.parameters()) / 1e9
+    kept = groups.unique().tolist()
+    print(f"from_pretrained: {billions:.2f} billion parameters, of every 4 in the last matrix: {kept}")
+
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: demo, prune, run, resume, bench, merge, methods, inspect, report."""
+"""The command line: what there is to prune, to run, to resume, to compare and to look at."""
 
 from __future__ import annotations
 
@@ -392,6 +392,51 @@ def prune(**values: Any) -> None:
     recipe.make_task()
     run = Run.create(recipe, values["out"] or fresh_folder(values["method"]))
     execute_run(run, as_json=values["as_json"], track=values["track"])
+
+
+@main.command("prune-shards", cls=MethodCommand)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--data", metavar="DATA", help="calibration inputs, where the method looks at any")
+@click.option("--method", required=True, metavar="NAME", help="a layer-wise method, see below")
+@click.option("--budget", required=True, help="the promise: sparsity=0.5, density=0.5 or 2:4")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="output folder: new, empty, or one that the same command left when it was killed",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="of the calibration inputs")
+@json_option
+def prune_shards(**values: Any) -> None:
+    """Prune FOLDER, a transformers checkpoint that may be larger than memory, from disk to disk.
+
+    One block at a time is in memory. Killed and started again it goes on at the block that was
+    not finished. Plain from_pretrained reads the result.
+    """
+    from secateurs.api import prune_checkpoint
+    from secateurs.calibration.layerwise import LayerwisePruner
+    from secateurs.registry import create
+    from secateurs.workspace import Workspace
+    from secateurs.zoo.datasets import load_data
+
+    chosen = create(values["method"], given_options(method_class(values["method"]), values))
+    batches: list[Any] = []
+    if isinstance(chosen, LayerwisePruner) and chosen.statistic != "none":
+        require(values["data"] is not None, "--data", None, f"calibration data: {chosen.name}")
+        loader, _ = load_data(values["data"]).loaders(seed=values["seed"])
+        batches = chosen.inputs_of(loader, values["seed"])
+    with listening(values["as_json"]) as listeners:
+        told = prune_checkpoint(
+            values["folder"], values["out"], chosen, values["budget"], batches,
+            work=Workspace(listeners=listeners),
+        )  # fmt: skip
+    if values["as_json"]:
+        click.echo(json.dumps({"folder": str(values["out"]), **told}))
+        return
+    click.echo(f"sparsity {told['sparsity']:.6g} of {len(told['layers'])} layers")
+    for note in told["notes"]:
+        click.echo(f"note    {note}")
+    click.echo(f"folder  {values['out']}")
 
 
 @main.command()

@@ -9,6 +9,7 @@ from torch import nn
 import secateurs as sc
 from secateurs.errors import InputError
 from secateurs.methods.weights.one_shot import OneShot
+from secateurs.parts.patterns import best_units
 from secateurs.parts.allocation import lamp_scores, largest_by_name
 from secateurs.parts.patterns import NM, Block, Row
 from secateurs.parts.prunable import prunable_parameters

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from secateurs.calibration.blocks import find_blocks, owner_of
 from secateurs.calibration.moments import (
@@ -36,7 +37,7 @@ from secateurs.parts.patterns import NM, Pattern, Unstructured, best_units, fitt
 from secateurs.parts.prunable import prunable_parameters
 from secateurs.parts.topk import select_largest
 from secateurs.settings import option
-from secateurs.task import Task, batch_size, head
+from secateurs.task import Split, Task, batch_size, head, split_batch
 from secateurs.training.batches import calibration_inputs
 from secateurs.workspace import Workspace
 
@@ -144,7 +145,17 @@ class LayerwisePruner(Pruner):
             return []
         if task is None:
             raise InputError("task", None, f"a Task: {self.name} looks at what layers are fed")
-        inputs = calibration_inputs(task.training_loader(), self.samples, seed, task.unpack)
+        return self.inputs_of(task.training_loader(), seed, task.unpack)
+
+    def inputs_of(
+        self, loader: DataLoader[Any], seed: int, unpack: Split = split_batch
+    ) -> list[Any]:
+        """The first `samples` of a loader under a seed, in batches of `batch`.
+
+        Raises:
+            InputError: there are fewer.
+        """
+        inputs = calibration_inputs(loader, self.samples, seed, unpack)
         return split(inputs, self.samples, self.batch)
 
     def removals(

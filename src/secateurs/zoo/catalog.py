@@ -38,9 +38,18 @@ _TRANSFORMER = (
         epochs=8, optimizer="adamw", lr=1e-3, weight_decay=0.01, warmup=20, clip_norm=1.0
     ),
 )
+_LLAMA = (
+    TrainSettings(
+        steps=1500, optimizer="adamw", lr=4e-3, weight_decay=0.01, warmup=100, clip_norm=1.0
+    ),
+    TrainSettings(
+        steps=200, optimizer="adamw", lr=1e-3, weight_decay=0.01, warmup=20, clip_norm=1.0
+    ),
+)
 _DEFAULTS: tuple[tuple[str, str, Settings], ...] = (
     ("*", "zoo:vit-*", _TRANSFORMER),
     ("*", "zoo:char-*", _TRANSFORMER),
+    ("*", "zoo:llama*", _LLAMA),
     ("*", "hf:*", (
         TrainSettings(epochs=3, optimizer="adamw", lr=5e-5, weight_decay=0.01, warmup=50,
                       schedule="linear", clip_norm=1.0),

@@ -196,9 +196,10 @@ def load_data(spec: str) -> Data:
                          `secateurs.zoo.hub_data`
     ``photographs``      crops of photographs that scikit-image ships, without labels: agreement
                          with a dense classifier (`secateurs.zoo.photographs`)
-    ``topics``           retrieval over Python's manual (`secateurs.zoo.retrieval`)
+    ``topics``           Python's manual: retrieval, or its bytes with ``as=language``
+                         (`secateurs.zoo.retrieval`)
     ``text:PATH``        a text file or folder of ``.txt`` files; ``block=128``, ``level=byte``
-                         or ``char``
+                         or ``char``, or ``tokenizer``
     ``python:MODULE:F``  what a function returns: a Task, `Data`, or (train, test) data sets
     ==================== =====================================================================
 

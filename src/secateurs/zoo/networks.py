@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 Factory = Callable[..., nn.Module]
 F = TypeVar("F", bound=Factory)
 
-_MODULES = ("perceptrons", "convolutional", "resnets", "transformers")
+_MODULES = ("perceptrons", "convolutional", "resnets", "transformers", "llama")
 _NETWORKS: dict[str, Network] = {}
 
 

@@ -1,7 +1,8 @@
-"""Retrieval over the topics of Python's own manual: find the topic that a first sentence opens.
+"""The topics of Python's own manual, ``pydoc_data.topics`` in the standard library.
 
-The texts are those of ``pydoc_data.topics`` in the standard library. A query is the first
-sentence of a topic, its document what follows; mean reciprocal rank over all topics decides.
+As retrieval: find the topic that a first sentence opens. A query is the first sentence of a
+topic, its document what follows; mean reciprocal rank over all topics decides. As language: the
+bytes of the topics, one topic in ten held out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from secateurs.task import Metric, Task
 from secateurs.zoo.datasets import Data
 from secateurs.zoo.pretrained import minilm_folder
 from secateurs.zoo.specs import Options, Spec
+from secateurs.zoo.text import byte_tokens, token_data
 
 TEMPERATURE = 0.05
 """Of the contrastive loss: cosines are divided by it."""
@@ -90,15 +92,35 @@ def contrastive(embeddings: Tensor, target: Tensor) -> Tensor:
 
 
 def topics(spec: Spec, options: Options) -> Data:
-    """The retrieval task.
+    """The retrieval task, or with ``as=language`` the texts in bytes.
 
-    Options: ``tokens`` of a text (64). Every third topic is for training, in batches of 16; the
-    others are searched all at once.
+    Options: ``as``, ``retrieval`` or ``language``; ``tokens`` of a text (64); ``block``, bytes of
+    a sample (128). For retrieval every third topic is for training, in batches of 16; the others
+    are searched all at once.
     """
-    tokens = options.integer("tokens", 64)
+    purpose = options.text("as", "retrieval", ("retrieval", "language"))
+    tokens, block = options.integer("tokens", 64), options.integer("block", 128)
     options.done()
     assert tokens is not None
+    assert block is not None
     require(not spec.name, "data", spec.text, "topics, without a path")
+    if purpose == "language":
+        train, test = topic_bytes()
+        return token_data(spec.text, train, test, block=block, vocabulary=256)
+    return _retrieval(spec, tokens)
+
+
+def topic_bytes() -> tuple[Tensor, Tensor]:
+    """All topics in alphabetical order as bytes, and apart from them every tenth of them."""
+    from pydoc_data.topics import topics
+
+    texts = [text.encode() for _, text in sorted(topics.items())]
+    held_out = texts[5::10]
+    train = [text for i, text in enumerate(texts) if i % 10 != 5]
+    return byte_tokens(b"\n".join(train)), byte_tokens(b"\n".join(held_out))
+
+
+def _retrieval(spec: Spec, tokens: int) -> Data:
     pairs = topic_pairs()
     train = Pairs(pairs[::3], tokens)
     test = Pairs([p for i, p in enumerate(pairs) if i % 3], tokens)

@@ -73,23 +73,24 @@ def text(spec: Spec, options: Options) -> Data:
     """A text file, or all ``.txt`` files of a folder in the order of their names.
 
     The last tenth is held out. Options: ``block``, tokens of a sample (128); ``level``, ``byte``
-    (a vocabulary of 256) or ``char`` (the characters that occur, sorted).
+    (a vocabulary of 256) or ``char`` (the characters that occur, sorted); ``tokenizer``, a name
+    or folder of transformers, whose tokens it then is.
 
     Raises:
-        InputError: no such file, not UTF-8 (for ``char``), or too short.
+        InputError: no such file, not UTF-8 (for all but ``byte``), too short, or no tokenizer.
     """
     block = options.integer("block", 128)
     level = options.text("level", "byte", ("byte", "char"))
+    tokenizer = options.text("tokenizer")
     options.done()
     assert block is not None
     require(bool(spec.name), "data", spec.text, "text:PATH")
     raw = read_texts(Path(spec.name))
+    if tokenizer:
+        return _coded(spec, raw, tokenizer, block)
     if level == "byte":
         return token_data(spec.text, byte_tokens(raw), None, block=block, vocabulary=256)
-    try:
-        points = np.frombuffer(raw.decode("utf-8").encode("utf-32-le"), "<u4")
-    except UnicodeDecodeError as error:
-        raise InputError(f"data {spec.name}", described(str(error)), "UTF-8") from None
+    points = np.frombuffer(_decoded(spec, raw).encode("utf-32-le"), "<u4")
     characters, tokens = np.unique(points, return_inverse=True)
     return token_data(
         spec.text,
@@ -98,6 +99,22 @@ def text(spec: Spec, options: Options) -> Data:
         block=block,
         vocabulary=len(characters),
     )
+
+
+def _coded(spec: Spec, raw: bytes, tokenizer: str, block: int) -> Data:
+    from secateurs.zoo.hub_data import load_tokenizer
+
+    coder = load_tokenizer(tokenizer)
+    ids = coder(_decoded(spec, raw), add_special_tokens=False)["input_ids"]
+    tokens = torch.tensor(ids, dtype=torch.int32)
+    return token_data(spec.text, tokens, None, block=block, vocabulary=len(coder))
+
+
+def _decoded(spec: Spec, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"data {spec.name}", described(str(error)), "UTF-8") from None
 
 
 def byte_tokens(raw: bytes) -> Tensor:
