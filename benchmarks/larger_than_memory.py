@@ -176,8 +176,7 @@ def main() -> None:
     groups = (weight.reshape(-1, 4) != 0).sum(1)
     billions = sum(p.numel() for p in model.parameters()) / 1e9
     kept = groups.unique().tolist()
-    print(f"from_pretrained: {billions:.2f} billion parameters, of every 4 in the last matrix: {kept}")
-
+    print(f"from_pretrained: {billions:.2f} billion parameters, of 4 stay {kept}")
 
 
 if __name__ == "__main__":

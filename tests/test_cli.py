@@ -228,7 +228,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+SHARDS = ["prune-shards", "{root}", "--method", "wanda", "--out", "shards"]
 CASES: dict[str, tuple[list[object], list[str]]] = {
+    "shards: no calibration data": ([*SHARDS, "--budget", "2:4"], ["--data", "wanda"]),
+    "shards: not a checkpoint": (
+        [*SHARDS, "--budget", "2:4", "--data", "topics?as=language"],
+        ["folder", "model.safetensors"],
+    ),
+    "shards: not layer-wise": (
+        ["prune-shards", "{root}", "--method", "global-mp", *BUDGET, "--out", "shards"],
+        ["method", "global-mp", "layer-wise"],
+    ),
     "unknown command": (["prnue"], ["prnue"]),
     "unknown option": (["prune", "--budgit", "1"], ["--budgit"]),
     "missing model": (["prune", *DIGITS, *MP, *BUDGET], ["MODEL"]),

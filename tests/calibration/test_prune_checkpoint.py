@@ -197,3 +197,20 @@ def test_what_it_is_not_made_for_is_refused(dense, tmp_path):
         sc.prune_checkpoint(dense, out, "wanda", "1:4", BATCHES)
     with pytest.raises(InputError, match="output folder: got a run with inputs"):
         sc.prune_checkpoint(dense, out, "wanda", "2:4", BATCHES[:1])
+
+
+def test_the_command_line_does_the_same(dense, tmp_path):
+    from click.testing import CliRunner
+
+    from secateurs.cli import main
+
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(range(90)) * 40)
+    told = CliRunner().invoke(main, [
+        "prune-shards", str(dense), "--data", f"text:{text}?block=16", "--method", "wanda",
+        "--budget", "2:4", "--samples", "8", "--out", str(tmp_path / "out"), "--json",
+    ])  # fmt: skip
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)["sparsity"] == 0.5
+    down = reread(tmp_path / "out").model.layers[2].mlp.down_proj.weight
+    assert torch.equal((down.reshape(-1, 4) != 0).sum(1), torch.full((down.numel() // 4,), 2))

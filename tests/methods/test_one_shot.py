@@ -9,9 +9,8 @@ from torch import nn
 import secateurs as sc
 from secateurs.errors import InputError
 from secateurs.methods.weights.one_shot import OneShot
-from secateurs.parts.patterns import best_units
 from secateurs.parts.allocation import lamp_scores, largest_by_name
-from secateurs.parts.patterns import NM, Block, Row
+from secateurs.parts.patterns import NM, Block, Row, best_units
 from secateurs.parts.prunable import prunable_parameters
 
 SALIENCIES = ("magnitude", "random", "weight-gradient", "snip", "grasp", "synflow")
