@@ -476,6 +476,30 @@ def test_a_model_that_depends_on_its_data_is_traced_in_parts() -> None:
     assert model.boxes[0].out_features == 3
 
 
+def test_the_code_between_parts_chooses_what_it_chose_before() -> None:
+    """A shortened part gives other scores, by which other boxes would be chosen."""
+
+    class Counted(Detector):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            features = self.backbone(x)
+            scores = self.scores(features).flatten()
+            best = [i for i, score in enumerate(scores.tolist()) if score > 0]
+            boxes = self.boxes(features.flatten(0, 1)[best])
+            return [scores, boxes.reshape(len(best), 2, 2)]
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = Counted().double().eval()
+        x = torch.randn(TOKENS, dtype=torch.float64)
+        with torch.no_grad():
+            scores = model.scores(model.backbone(x))
+            model.scores[3].bias -= scores.median()
+        found = trace(model, x)
+        made = shorten(found, {a: np.arange(0, a.size, 2) for a in free_axes(found)})
+        assert made.gap is not None
+        assert made.gap <= EXACT
+
+
 def test_a_tensor_that_goes_from_part_to_part_only_is_free() -> None:
     class Chosen(Detector):
         def forward(self, x: Tensor) -> list[Tensor]:

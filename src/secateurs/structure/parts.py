@@ -34,7 +34,8 @@ class Part:
     Attributes:
         path: of the submodule; empty for the whole model.
         graph: its operations; attributes are named as in the whole model.
-        example: what went in, in the order of the graph's placeholders.
+        example, result: what went in and what came out, in the order of the graph's placeholders
+            and outputs.
         received, gave: numbers of the tensors that went in and came out, in the order of the
             graph's placeholders and outputs; the same number is the same tensor. Only those
             that pass from part to part have one, others are None.
@@ -43,16 +44,18 @@ class Part:
     path: str
     graph: fx.GraphModule
     example: list[Any] = field(default_factory=list)
+    result: list[Any] = field(default_factory=list)
     received: list[int | None] = field(default_factory=list)
     gave: list[int | None] = field(default_factory=list)
 
 
 @contextmanager
 def fed(model: nn.Module, parts: Sequence[Part]) -> Iterator[list[Any]]:
-    """While the model runs, give its parts what they received when they were exported.
+    """While the model runs, its parts receive, and the code between them gets back, what they
+    did when they were exported.
 
-    Else a difference of rounding, behind which other boxes are chosen, would look like one of
-    the parts. Only what passes from part to part is what the model computes.
+    Else other values, behind which other boxes are chosen, would come to the parts behind. Only
+    what passes from part to part is what the model computes.
 
     Yields:
         What the parts give, but for what they pass on.
@@ -68,9 +71,12 @@ def fed(model: nn.Module, parts: Sequence[Part]) -> Iterator[list[Any]]:
             fixed = [_copied(old) if number is None else new for new, old, number in sides]
             return tree_unflatten(fixed, spec)
 
-        def after(_: Any, __: Any, result: Any, part: Part = part) -> None:
-            leaves = zip(tree_leaves(result), part.gave, strict=True)
-            outputs.extend(x for x, number in leaves if number is None)
+        def after(_: Any, __: Any, result: Any, part: Part = part) -> Any:
+            leaves, spec = tree_flatten(result)
+            sides = list(zip(leaves, part.result, part.gave, strict=True))
+            outputs.extend(new for new, _, number in sides if number is None)
+            given = [_copied(old) if number is None else new for new, old, number in sides]
+            return tree_unflatten(given, spec)
 
         module = model.get_submodule(part.path)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -210,8 +216,9 @@ def _connected(model: nn.Module, parts: list[Part], args: Any, kwargs: Any) -> l
             part.example = [_copied(x) for x in leaves[part][0]]
 
         def after(_: Any, __: Any, result: Any, part: Part = part) -> None:
-            outside.depth -= 1
             leaves[part] = (leaves[part][0], tree_leaves(result))
+            part.result = [_copied(x) for x in leaves[part][1]]
+            outside.depth -= 1  # last: a copy outside would count as a use
 
         module = model.get_submodule(part.path)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
