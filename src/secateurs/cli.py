@@ -671,14 +671,24 @@ def kind_of(cls: type[Any]) -> str:
 @click.argument("model")
 @click.option("--data", metavar="DATA", help=DATA_HELP)
 @click.option("--latency", is_flag=True, help="also time a forward pass")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.html",
+    help="also write a page with a picture of the axes here",
+)
 @json_option
-def inspect(model: str, data: str | None, latency: bool, as_json: bool) -> None:
+def inspect(model: str, data: str | None, latency: bool, out: Path | None, as_json: bool) -> None:
     """Show what MODEL is made of: weights that can be pruned, axes that can be shortened,
     parameters, MACs, bytes."""
     from secateurs.parts.costs import count_macs, measure_cost
     from secateurs.parts.prunable import prunable_parameters
+    from secateurs.report.inspection import check_page, write_inspection
+    from secateurs.runs.run import environment
     from secateurs.zoo.catalog import inspectable
 
+    if out is not None:
+        check_page(out)  # before a model is traced for half a minute
     net, inputs, masks = inspectable(model, data)
     params = prunable_parameters(net)
     macs = count_macs(net, inputs)
@@ -693,20 +703,23 @@ def inspect(model: str, data: str | None, latency: bool, as_json: bool) -> None:
         for name, p in params.items()
     ]
     cost = measure_cost(net, inputs, masks, with_latency=latency)
-    listing = axes_listing(net, inputs)
+    found = {"model": model, "layers": rows, **axes_listing(net, inputs), "cost": cost.as_dict()}
+    if out is not None:
+        write_inspection(out, found, environment=environment())
     if as_json:
-        found = {"model": model, "layers": rows, **listing, "cost": cost.as_dict()}
         click.echo(json.dumps(found))
         return
     from secateurs.report.console import axes_table, cost_table, frozen_table, layers_table
 
     Console().print(layers_table(rows))
-    if listing["untraced"]:
-        console().print(f"no axes: {listing['untraced']}")
+    if found["untraced"]:
+        console().print(f"no axes: {found['untraced']}")
     else:
-        Console().print(axes_table(listing["axes"]))
-        Console().print(frozen_table(listing["frozen"]))
-    Console().print(cost_table(cost.as_dict()))
+        Console().print(axes_table(found["axes"]))
+        Console().print(frozen_table(found["frozen"]))
+    Console().print(cost_table(found["cost"]))
+    if out is not None:
+        click.echo(out)
 
 
 def axes_listing(model: Any, inputs: Any) -> dict[str, Any]:
@@ -716,7 +729,8 @@ def axes_listing(model: Any, inputs: Any) -> dict[str, Any]:
     try:
         structure = axes(model, inputs)
     except SecateursError as error:
-        return {"axes": [], "frozen": [], "unruled": {}, "untraced": str(error)}
+        nothing = {"parameters": 0, "free_parameters": 0, "macs": 0}
+        return {"axes": [], "frozen": [], "unruled": {}, "traced": nothing, "untraced": str(error)}
     free = [
         {
             "name": group.name,
@@ -734,7 +748,18 @@ def axes_listing(model: Any, inputs: Any) -> dict[str, Any]:
         if group.frozen is not None:
             reasons.setdefault(group.frozen, []).append(group.name)
     frozen = [{"reason": r, "axes": len(n), "example": n[0]} for r, n in reasons.items()]
-    return {"axes": free, "frozen": frozen, "unruled": dict(structure.unruled), "untraced": ""}
+    traced = {
+        "parameters": structure.parameters(),
+        "free_parameters": structure.free_parameters,
+        "macs": structure.macs(),
+    }
+    return {
+        "axes": free,
+        "frozen": frozen,
+        "unruled": dict(structure.unruled),
+        "traced": traced,
+        "untraced": "",
+    }
 
 
 @main.command()

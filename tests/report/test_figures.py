@@ -68,6 +68,8 @@ def test_few_layers_are_named_and_counted():
     assert list(figure.layout.yaxis.ticktext) == [f"block{n}.weight" for n in range(4)]
     assert list(figure.layout.yaxis2.ticktext)[:2] == ["emptied, 0 of 10", "10.0 %, 1 of 10"]
     assert "1 of 10" in figure.data[0].hovertext[1]
+    figure = figures.layer_bars([{**row, "short": "b"} for row in layers(2)])
+    assert figure.layout.meta["narrow"]["yaxis.ticktext"] == ["b", "b"]
 
 
 def test_many_layers_stand_side_by_side():
@@ -95,6 +97,7 @@ def test_learning_curves_join_the_stages(events):
     figure = figures.learning_curves(events)
     assert max(x for x in figure.data[1].x if x is not None) == 79
     assert len(figure.layout.shapes) == 1
+    assert [note.text for note in figure.layout.annotations] == ["train", "prune"]
     # a resumed run tells steps twice: the later telling counts
     again = [*events, {**events[5], "loss": 9.0}]
     assert figures.training_stages(again)["0-train/train"][5]["loss"] == 9.0

@@ -51,6 +51,20 @@ def test_savings_of_a_unit_are_what_its_removal_saves():
         assert sum(count_macs(model, inputs).values()) == before[1] - group.macs
 
 
+def test_parameters_on_a_free_axis_are_all_but_those_between_frozen_ones():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x))) + self.c(x)
+
+    structure = sc.axes(Net(), torch.randn(2, 4))
+    assert [g.size for g in structure.free] == [6]
+    assert structure.free_parameters == 6 * 4 + 6 + 3 * 6  # not the biases b and c, nor c.weight
+
+
 def test_attention_has_heads_and_widths():
     structure = sc.axes(Block(), torch.randn(1, 5, 16))
     roles = {g.role: g.size for g in structure.free}

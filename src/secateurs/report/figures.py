@@ -29,6 +29,21 @@ GREY = "#8A8F98"
 GRID = "rgba(138, 143, 152, 0.22)"
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 
+ROLES = {
+    "channel": BLUE, "neuron": PALETTE[2], "head": ORANGE, "head width": PALETTE[3],
+    "width": PALETTE[4],
+}  # fmt: skip
+"""The colour of an axis by what its units are."""
+
+MANY_AXES = 40
+"""Above this number axes stand side by side without their names."""
+
+TIED_SHOWN = 5
+"""Tensors that are named when one points at an axis."""
+
+BAR = 0.68
+"""Width of an axis's bar; plotly would take the gaps between bars of a colour for room."""
+
 MANY_LAYERS = 24
 """Above this number layers stand side by side without their names."""
 
@@ -140,7 +155,8 @@ def trade_off(board: Sequence[Mapping[str, Any]], *, x: str | None = None) -> go
                 },
             }
         )
-        _dense_line(figure, rows, metric, scale, suffix)
+        # above few weights the line is free; above methods in their order, over the last
+        _dense_line(figure, rows, metric, scale, suffix, left=first != "method")
         if len(tasks) > 1:
             figure.add_annotation(
                 text=f"<b>{_text(task)}</b>", x=0, xref=f"x{suffix} domain", xanchor="left",
@@ -342,7 +358,13 @@ def _quality_axis(metric: str, scale: int, higher_is_better: bool) -> dict[str, 
 
 
 def _dense_line(
-    figure: Any, rows: Sequence[Mapping[str, Any]], metric: str, scale: int, suffix: str
+    figure: Any,
+    rows: Sequence[Mapping[str, Any]],
+    metric: str,
+    scale: int,
+    suffix: str,
+    *,
+    left: bool = False,
 ) -> None:
     value = dense_quality(rows)
     if value is None:
@@ -352,8 +374,9 @@ def _dense_line(
         yref=f"y{suffix}", line={"color": GREY, "width": 1.4, "dash": "dash"}, layer="below",
     )  # fmt: skip
     figure.add_annotation(
-        text=f"dense {numbers.quality(value, metric)}", x=1, xref=f"x{suffix} domain",
-        xanchor="right", y=scale * value, yref=f"y{suffix}", yanchor="bottom", showarrow=False,
+        text=f"dense {numbers.quality(value, metric)}", x=0 if left else 1,
+        xref=f"x{suffix} domain", xanchor="left" if left else "right", xshift=6 if left else 0,
+        y=scale * value, yref=f"y{suffix}", yanchor="bottom", showarrow=False,
         font={"color": GREY, "size": 12},
     )  # fmt: skip
 
@@ -462,7 +485,8 @@ def layer_bars(layers: Sequence[Mapping[str, Any]], what: str = "layers") -> go.
     order, with names on hover. Layers that lost everything are marked with a cross.
 
     Args:
-        layers: ``name``, ``kept`` and ``total`` each, as `Outcome.layers` gives them.
+        layers: ``name``, ``kept`` and ``total`` each, as `Outcome.layers` gives them; ``short``
+            is a name for narrow screens.
         what: they are called.
 
     Raises:
@@ -516,15 +540,24 @@ def _few_layers(
     }  # fmt: skip
     figure.update_layout(
         bargap=0.4,
-        xaxis={**_line_axis(""), "range": [0, top], "ticksuffix": " %", "nticks": 6},
+        xaxis={
+            **_line_axis(""),
+            "range": [0, top],
+            "ticksuffix": " %",
+            "nticks": 6,
+            "tickangle": 0,
+        },
         yaxis={**side, "ticktext": names},
         yaxis2={**side, "ticktext": full, "side": "right", "overlaying": "y"},
         meta={
             "narrow": {
                 "yaxis2.ticktext": short,
-                "yaxis.ticktext": [_text(_elided(str(row["name"]), 18)) for row in layers],
+                "yaxis.ticktext": [
+                    _text(_elided(str(row.get("short", row["name"])), 20)) for row in layers
+                ],
+                "xaxis.nticks": 4,
             },
-            "wide": {"yaxis2.ticktext": full, "yaxis.ticktext": names},
+            "wide": {"yaxis2.ticktext": full, "yaxis.ticktext": names, "xaxis.nticks": 6},
         },
     )
     _emptied(figure, go, [(0.0, p, h) for p, s, h in zip(places, shares, hover, strict=True)
@@ -584,6 +617,150 @@ def _emptied(figure: Any, go: Any, points: Sequence[tuple[float, float, str]]) -
                 marker={"symbol": "x", "size": 8, "color": ORANGE},
             )
         )  # fmt: skip
+
+
+# ---------------------------------------------------------------- axes
+
+
+def axis_costs(axes: Sequence[Mapping[str, Any]], parameters: float, macs: float) -> go.Figure:
+    """What hangs on each axis, in parameters and in MACs, coloured by role.
+
+    An axis is shown with what one unit less saves times its units, as a share of the model. Up
+    to `MANY_AXES` axes are rows with their names; more stand side by side in network order, with
+    names on hover.
+
+    Args:
+        axes: ``name``, ``role``, ``size``, ``parameters`` and ``macs`` (of one unit),
+            ``normalized`` and ``slices``, in network order.
+        parameters, macs: of the whole model.
+
+    Raises:
+        InputError: no axes.
+    """
+    go = graph_objects()
+    require(bool(axes), "axes", list(axes), "at least one axis")
+    whole = {"parameters": max(parameters, 1), "macs": max(macs, 1)}
+    shares = {
+        kind: [100 * row["size"] * row[kind] / total for row in axes]
+        for kind, total in whole.items()
+    }
+    hover = [
+        _axis_hover(row, parameters=p, macs=m)
+        for row, p, m in zip(axes, shares["parameters"], shares["macs"], strict=True)
+    ]
+    roles = [role for role in ROLES if any(row["role"] == role for row in axes)]
+    rows = len(axes) <= MANY_AXES
+    traces = []
+    for suffix, values in zip(("", "2"), shares.values(), strict=True):
+        for role in roles:
+            chosen = [place for place, row in enumerate(axes) if row["role"] == role]
+            lengths, places = [values[c] for c in chosen], [c if rows else c + 1 for c in chosen]
+            bar: dict[str, Any] = {"x": places, "y": lengths}
+            if rows:
+                words = [numbers.share(value / 100) for value in lengths]
+                bar = {"x": lengths, "y": places, "orientation": "h", "text": words,
+                       "textposition": "outside", "cliponaxis": False}  # fmt: skip
+            traces.append(
+                go.Bar(
+                    **bar, width=BAR, name=role, legendgroup=role, showlegend=not suffix,
+                    marker={"color": ROLES[role], "line": {"width": 0}},
+                    hovertext=[hover[c] for c in chosen], hoverinfo="text",
+                    xaxis=f"x{suffix}", yaxis=f"y{suffix}",
+                )
+            )  # fmt: skip
+    tops = [max(values) or 1.0 for values in shares.values()]
+    lay_out = _axis_rows if rows else _axis_columns
+    return lay_out(go, traces, [str(row["name"]) for row in axes], tops, roles)
+
+
+def _axis_hover(row: Mapping[str, Any], parameters: float, macs: float) -> str:
+    tied = [f"{_text(_elided(name, 44))}[{dim}]" for name, dim in row["slices"]]
+    lines = [
+        f"<b>{_text(row['name'])}</b>, {_text(row['role'])}",
+        f"{numbers.plain(row['size'])} units; one less saves {numbers.count(row['parameters'])} "
+        f"parameters and {numbers.count(row['macs'])} MACs",
+        f"times its units: {numbers.share(parameters / 100)} of the parameters, "
+        f"{numbers.share(macs / 100)} of the MACs",
+    ]
+    if row["normalized"]:
+        lines.append("normalised over it: " + _text(", ".join(row["normalized"])))
+    lines += ["tied to it, tensor[dimension]:", *(f"  {name}" for name in tied[:TIED_SHOWN])]
+    if len(tied) > TIED_SHOWN:
+        lines.append(f"  and {len(tied) - TIED_SHOWN} more")
+    return "<br>".join(lines)
+
+
+def _axis_rows(
+    go: Any,
+    traces: Sequence[Any],
+    names: Sequence[str],
+    tops: Sequence[float],
+    roles: Sequence[str],
+) -> go.Figure:
+    """An axis a row: parameters on the left, MACs on the right, below each other if narrow."""
+    room, narrow_room = (_legend_room(roles, width) for width in (900, 350))
+    each = 22 * len(names)
+    height, tall = each + 60 + room, 2 * each + 110 + narrow_room
+    half = 0.5 - 25 / (2 * each + 50)  # the heading of the lower panel needs 50 pixels
+    figure = _figure(go, traces, height, margin={"l": 20, "r": 12, "t": 34, "b": 16 + room})
+    ticks = {"tickmode": "array", "tickvals": list(range(len(names)))}
+    side = {
+        **ticks, "range": [len(names) - 0.4, -0.6], "showgrid": False, "automargin": True,
+        "zeroline": False, "ticklabelstandoff": 6, "fixedrange": True, "tickfont": {"size": 12},
+    }  # fmt: skip
+    hidden = {"showticklabels": False, "showgrid": False, "zeroline": False, "fixedrange": True}
+    long, short = ([_text(_elided(name, length)) for name in names] for length in (40, 22))
+    wide = {
+        "height": height, "margin.b": 16 + room,
+        "xaxis.domain": [0, 0.48], "xaxis2.domain": [0.52, 1],
+        "yaxis.domain": [0, 1], "yaxis2.domain": [0, 1],
+        "yaxis.ticktext": long, "yaxis2.ticktext": long, "yaxis2.showticklabels": False,
+    }  # fmt: skip
+    narrow = {
+        "height": tall, "margin.b": 16 + narrow_room,
+        "xaxis.domain": [0, 1], "xaxis2.domain": [0, 1],
+        "yaxis.domain": [1 - half, 1], "yaxis2.domain": [0, half],
+        "yaxis.ticktext": short, "yaxis2.ticktext": short, "yaxis2.showticklabels": True,
+    }  # fmt: skip
+    figure.update_layout(
+        barmode="overlay", legend=_legend_below(),
+        xaxis={**hidden, "domain": [0, 0.48], "range": [0, 1.25 * tops[0]]},
+        xaxis2={**hidden, "domain": [0.52, 1], "anchor": "y2", "range": [0, 1.25 * tops[1]]},
+        yaxis={**side, "ticktext": long},
+        yaxis2={**side, "ticktext": long, "anchor": "x2", "showticklabels": False},
+        annotations=[_heading("Parameters", "x", "y"), _heading("MACs", "x2", "y2")],
+        meta={"wide": wide, "narrow": narrow},
+    )  # fmt: skip
+    return figure
+
+
+def _axis_columns(
+    go: Any,
+    traces: Sequence[Any],
+    names: Sequence[str],
+    tops: Sequence[float],
+    roles: Sequence[str],
+) -> go.Figure:
+    """Axes side by side, too many for their names: parameters above, MACs below."""
+    room, narrow_room = (_legend_room(roles, width) for width in (900, 350))
+    figure = _figure(go, traces, 500 + room, margin={"l": 20, "r": 14, "t": 34, "b": 56 + room})
+    upper, lower = _stacked(2, gap=0.14)
+    along = {**_line_axis(""), "showgrid": False, "range": [0.4, len(names) + 0.6]}
+    title = _line_axis("Axis, in the order of the network")["title"]
+    up = {**_line_axis(""), "ticksuffix": " %", "nticks": 6}
+    figure.update_layout(
+        barmode="overlay", hovermode="x", legend=_legend_below(),
+        xaxis={**along, "anchor": "y", "showticklabels": False},
+        xaxis2={**along, "anchor": "y2", "title": title},
+        yaxis={**up, "domain": upper, "range": [0, 1.04 * tops[0]]},
+        yaxis2={**up, "domain": lower, "range": [0, 1.04 * tops[1]], "anchor": "x2"},
+        annotations=[_heading("Parameters", "x", "y"), _heading("MACs", "x2", "y2")],
+        meta={
+            "wide": {"height": 500 + room, "margin.b": 56 + room},
+            "narrow": {"height": 460 + narrow_room, "margin.b": 56 + narrow_room},
+        },
+    )  # fmt: skip
+    return figure
 
 
 # ---------------------------------------------------------------- history
@@ -749,11 +926,13 @@ def learning_curves(events: Sequence[Mapping[str, Any]]) -> go.Figure:
 
 
 def _stage_label(name: str) -> str:
-    """The telling part of a stage's path: ``1-prune/finetune`` is ``finetune``."""
+    """The telling part of a stage's path: ``1-prune/finetune`` is ``finetune``, ``0-train``
+    is ``train``."""
     parts = [p for p in name.split("/") if p]
     if len(parts) > 1 and parts[-1] == "train":
-        return parts[-2]
-    return parts[-1]
+        parts.pop()
+    number, _, name = parts[-1].partition("-")
+    return name if number.isdigit() and name else parts[-1]
 
 
 def _running_mean(values: Sequence[float], half: int) -> list[float]:

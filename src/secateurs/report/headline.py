@@ -97,10 +97,15 @@ def _speed(
 
 
 def headline(outcome: Mapping[str, Any]) -> list[str]:
-    """One or two sentences on an outcome: quality for weights, and speed."""
+    """Sentences on an outcome: quality for weights, and speed, also in other engines."""
     known = facts(outcome)
     first = f"{known.name} {_quality_clause(known)}{_weights_clause(known)}."
-    return [first, speed_sentence(known)]
+    others = [
+        f" In {row['engine']} it runs {_pace(1 / row['ratio'])}."
+        for row in outcome["tables"].get(ENGINES, [])
+        if row["engine"] != "eager" and row["ratio"]
+    ]
+    return [first, speed_sentence(known) + "".join(others)]
 
 
 def _quality_clause(known: Facts) -> str:
@@ -177,7 +182,10 @@ def _pace(speed: float) -> str:
 def realisation(known: Facts) -> str:
     """Where a real speed-up of this kind of outcome comes from."""
     if known.smaller and not known.masked:
-        return "Its tensors are really smaller: every dense kernel on every machine gains."
+        return (
+            "Its tensors are really smaller, so ordinary dense kernels have less to do. Where a "
+            "model is small or its sizes are odd, they may take as long all the same."
+        )
     if known.pattern:
         return (
             f"Zeros are only zeros: the {known.pattern} pattern runs faster only on hardware "

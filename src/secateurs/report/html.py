@@ -11,12 +11,13 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from secateurs import __version__
 from secateurs.errors import InputError, described
 from secateurs.report import figures, numbers
 from secateurs.report.headline import (
@@ -144,19 +145,19 @@ class Tile:
     before: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """One outcome, or the outcomes of one method over several seeds."""
 
     title: str
-    summary: str
-    budget: BudgetLine | None
-    seeds: Table | None
-    costs: Table | None
-    speed: str
-    plots: Sequence[Plot]
-    tables: Sequence[Table]
-    notes: Sequence[str]
+    summary: str = ""
+    budget: BudgetLine | None = None
+    seeds: Table | None = None
+    costs: Table | None = None
+    speed: str = ""
+    plots: Sequence[Plot] = ()
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -177,27 +178,31 @@ class Source:
     paper: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Page:
     """Everything the template lays out, from top to bottom."""
 
     title: str
-    intro: str
-    date: str
-    version: str
-    headline: Sequence[str]
-    tiles: Sequence[Tile]
-    notes: Sequence[Note]
-    more_notes: int
-    boards: Sequence[Board]
-    plots: Sequence[Plot]
+    intro: str = ""
+    date: str = ""
+    version: str = __version__
+    headline: Sequence[str] = ()
+    tiles: Sequence[Tile] = ()
+    notes: Sequence[Note] = ()
+    more_notes: int = 0
+    boards: Sequence[Board] = ()
+    plots: Sequence[Plot] = ()
     single: bool
     sections: Sequence[Section]
-    speeds: Sequence[tuple[str, str]]
-    recipe: str
-    environment: Sequence[tuple[str, str]]
-    sources: Sequence[Source]
-    plotly: str = field(default="", repr=False)
+    speeds: Sequence[tuple[str, str]] = ()
+    recipe: str = ""
+    environment: Sequence[tuple[str, str]] = ()
+    sources: Sequence[Source] = ()
+
+    @property
+    def has_plots(self) -> bool:
+        """Whether the file needs plotly."""
+        return bool(self.plots) or any(section.plots for section in self.sections)
 
 
 def missing_libraries() -> list[str]:
@@ -235,12 +240,23 @@ def write_report(
     Raises:
         InputError: an outcome lacks a key, or the extra ``report`` is not installed.
     """
+    return write_page(
+        path, make_page(title, outcomes, leaderboard, recipe, events, environment, intro)
+    )
+
+
+def write_page(path: str | Path, page: Page) -> Path:
+    """Lay out a page and write it, atomically.
+
+    Raises:
+        InputError: the extra ``report`` is not installed.
+    """
     from secateurs.state import write_bytes
 
-    template = _template()
-    page = make_page(title, outcomes, leaderboard, recipe, events, environment, intro)
+    # beside the page and not in it: five megabytes that no one wants to see in a message
+    plotly = _plotly_source() if page.has_plots else ""
     target = Path(path)
-    write_bytes(target, template.render(page=page).encode())
+    write_bytes(target, _template().render(page=page, plotly=plotly).encode())
     return target
 
 
@@ -254,8 +270,6 @@ def make_page(
     intro: str | None = None,
 ) -> Page:
     """Everything the report shows; see `write_report`."""
-    from secateurs import __version__
-
     _check(outcomes)
     outcomes = labelled(outcomes)
     board: list[Mapping[str, Any]] = list(leaderboard)
@@ -274,11 +288,10 @@ def make_page(
     if not single:
         words += benchmark_speed(outcomes)
     environment = environment or {}
-    page = Page(
+    return Page(
         title=title,
         intro=intro or "",
         date=str(environment.get("date", "")),
-        version=__version__,
         headline=words,
         tiles=_tiles(first) if single and first is not None else [],
         notes=notes[:MANY_NOTES],
@@ -289,13 +302,14 @@ def make_page(
         sections=sections,
         speeds=_speeds(outcomes),
         recipe=(recipe or "").strip(),
-        environment=[(str(k), numbers.plain(v)) for k, v in environment.items() if v is not None],
+        environment=environment_pairs(environment),
         sources=_sources(outcomes),
     )
-    if plots or any(section.plots for section in sections):
-        # set last: five megabytes that no one wants to see in a message
-        object.__setattr__(page, "plotly", _plotly_source())
-    return page
+
+
+def environment_pairs(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Versions and machine as the page lists them."""
+    return [(str(k), numbers.plain(v)) for k, v in environment.items() if v is not None]
 
 
 def _check(outcomes: Sequence[Mapping[str, Any]]) -> None:
@@ -376,18 +390,20 @@ def _section(group: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, A
     if axes := outcome["tables"].get("axes"):
         plots.append(_axes_plot(axes))
     if timed := _timed(outcome):
-        plots.append(_plot("Promised and measured", figures.promised_and_measured(timed), PACE))
+        plots.append(made_plot("Promised and measured", figures.promised_and_measured(timed), PACE))
     if figures.has_rounds(outcome["history"], metric):
         figure = figures.rounds(
             outcome["history"], metric, higher_is_better=outcome["higher_is_better"]
         )
-        plots.append(_plot("Round by round", figure, "Each point is one training of the network."))
+        plots.append(
+            made_plot("Round by round", figure, "Each point is one training of the network.")
+        )
     if figures.training_stages(events):
         caption = (
             "Faint: the loss of single batches. Strong: its running mean. Dotted lines part the "
             "stages."
         )
-        plots.append(_plot("Training", figures.learning_curves(events), caption))
+        plots.append(made_plot("Training", figures.learning_curves(events), caption))
     if outcome["history"]:
         tables.append(records_table("History", outcome["history"]))
     for title, rows in outcome["tables"].items():
@@ -418,11 +434,11 @@ def _layers_plot(layers: Sequence[Mapping[str, Any]]) -> Plot:
     caption = "Share of each layer's weights that is kept; the dashed line is all layers together."
     if empty:
         caption += f" {empty} of {len(layers)} layers lost everything."
-    return _plot("Layer by layer", figures.layer_bars(layers), caption)
+    return made_plot("Layer by layer", figures.layer_bars(layers), caption)
 
 
 def _axes_plot(axes: Sequence[Mapping[str, Any]]) -> Plot:
-    rows = [{**row, "name": f"{row['axis']} ({row['role']})"} for row in axes]
+    rows = [{**row, "name": f"{row['axis']} ({row['role']})", "short": row["axis"]} for row in axes]
     whole = sum(row["kept"] == row["total"] for row in axes)
     caption = (
         "Share of each axis's units that is kept: channels, neurons and heads with everything "
@@ -430,7 +446,7 @@ def _axes_plot(axes: Sequence[Mapping[str, Any]]) -> Plot:
     )
     if whole:
         caption += f" {whole} of {len(axes)} axes are whole."
-    return _plot("Axis by axis", figures.layer_bars(rows, "axes"), caption)
+    return made_plot("Axis by axis", figures.layer_bars(rows, "axes"), caption)
 
 
 def _summary(outcome: Mapping[str, Any], seeds: int) -> str:
@@ -603,10 +619,10 @@ def records_table(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
     rows = [[numbers.named(c, row[c]) if c in row else "" for c in columns] for row in records]
     if len(columns) > WIDE_TABLE and len(rows) < len(columns):
         turned = list(map(list, zip(*rows, strict=True)))
-        head = [columns[0].replace("_", " "), *turned[0]]
+        head = [_capital(columns[0].replace("_", " ")), *turned[0]]
         body = [[c, *cells] for c, cells in zip(columns[1:], turned[1:], strict=True)]
         return Table(head, body, _capital(title))
-    return Table([c.replace("_", " ") for c in columns], rows, _capital(title))
+    return Table([_capital(c.replace("_", " ")) for c in columns], rows, _capital(title))
 
 
 def engines_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -752,7 +768,7 @@ def _board_plots(
         rows = [row for row in board if row["task"] == task]
         name = f" — {task}" if len(tasks) > 1 else ""
         caption = "Error bars are 95 % intervals over seeds; the dashed line is the dense model."
-        plots.append(_plot(f"Trade-off{name}", figures.trade_off(rows), caption))
+        plots.append(made_plot(f"Trade-off{name}", figures.trade_off(rows), caption))
         tightest = max(rows, key=lambda row: row["sparsity"])["budget"]
         chosen = [row for row in rows if row["budget"] == tightest][:TIMED_ROWS]
         if any(row["latency_ms"] is not None for row in chosen):
@@ -760,7 +776,7 @@ def _board_plots(
             place = f"At {tightest}, where most was promised. " if budgets > 1 else ""
             timed = _timed_board(task, chosen, outcomes)
             figure = figures.promised_and_measured(timed)
-            plots.append(_plot(f"Promised and measured{name}", figure, place + PACE))
+            plots.append(made_plot(f"Promised and measured{name}", figure, place + PACE))
     return plots
 
 
@@ -852,7 +868,8 @@ def _sources(outcomes: Sequence[Mapping[str, Any]]) -> list[Source]:
 # ---------------------------------------------------------------- the file
 
 
-def _plot(title: str, figure: Any, caption: str = "") -> Plot:
+def made_plot(title: str, figure: Any, caption: str = "") -> Plot:
+    """A figure as the page holds it."""
     # the data stands in a script element: no tag may begin or end inside it
     data = json.dumps(json.loads(figure.to_json()), separators=(",", ":"))
     for sign in "<>&":

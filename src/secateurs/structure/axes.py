@@ -95,6 +95,12 @@ class Structure(Mapping[str, Group]):
         """Parameters when `counts` units stay of every axis; tied ones once."""
         return sum(shortened_size(dim, counts or _whole) for dim in self._parameters)
 
+    @property
+    def free_parameters(self) -> int:
+        """Parameters that lie on at least one free axis."""
+        free = {group.axis for group in self.free}
+        return self.parameters() - self.parameters(lambda a: 0 if a in free else a.size)
+
     def macs(self, counts: Counts | None = None) -> int:
         """Multiply-accumulates for the example inputs, likewise."""
         return sum(shortened_size(dim, counts or _whole) for dim in self._macs)
