@@ -736,6 +736,7 @@ def axes_listing(model: Any, inputs: Any) -> dict[str, Any]:
             "name": group.name,
             "role": group.role,
             "size": group.size,
+            "granularity": group.granularity,
             "parameters": group.parameters,
             "macs": group.macs,
             "normalized": list(group.normalized),

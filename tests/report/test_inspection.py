@@ -24,7 +24,7 @@ COST = {
 def axis(name, role="channel", size=10, parameters=20, macs=80, normalized=(), tensors=2):
     slices = [[f"{name}.t{number}", 0] for number in range(tensors)]
     return {
-        "name": name, "role": role, "size": size, "parameters": parameters, "macs": macs,
+        "name": name, "role": role, "size": size, "granularity": 1, "parameters": parameters, "macs": macs,
         "normalized": list(normalized), "slices": slices,
     }  # fmt: skip
 
@@ -57,7 +57,7 @@ def test_a_page_says_what_hangs_on_which_axis(tmp_path, found):
         "20 units): 80.0 %.",
         "Parameters 1k 4 kB in a file",
         "Axes that can be shortened 2 3 keep their size",
-        "stem width 10 60 40 60.0 % 20.0 % 9 layer_norm",
+        "stem width 10 1 60 40 60.0 % 20.0 % 9 layer_norm",
         "an output 3 head.weight[0]",
         "a.weight 10 × 3 30 100",
         "torch 2.9",

@@ -51,6 +51,12 @@ def test_savings_of_a_unit_are_what_its_removal_saves():
         assert sum(count_macs(model, inputs).values()) == before[1] - group.macs
 
 
+def test_granularity_is_what_a_unit_takes_of_the_tensor_that_makes_it():
+    structure = sc.axes(Block(), torch.randn(2, 5, 16))
+    # the 96 outputs of qkv are (query, key, value) of 4 heads of 8
+    assert {g.role: g.granularity for g in structure.free} == {"head": 24, "head width": 12}
+
+
 def test_parameters_on_a_free_axis_are_all_but_those_between_frozen_ones():
     class Net(nn.Module):
         def __init__(self):

@@ -189,13 +189,13 @@ def axes_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The axes of a model that can be shortened.
 
     Args:
-        rows: ``name``, ``role``, ``size``, ``parameters`` and ``macs`` (of one unit) and
-            ``normalized``.
+        rows: ``name``, ``role``, ``size``, of one unit ``granularity``, ``parameters`` and
+            ``macs``, and ``normalized``.
     """
     table = _table(None)
     table.add_column("axis", ratio=1)
     table.add_column("role", no_wrap=True)
-    for column in ("units", "params each", "MACs each"):
+    for column in ("units", "entries each", "params each", "MACs each"):
         table.add_column(column, justify="right", no_wrap=True)
     if any(row["normalized"] for row in rows):
         table.add_column("statistics over it")
@@ -205,9 +205,10 @@ def axes_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             row["name"],
             row["role"],
             numbers.plain(row["size"]),
+            numbers.plain(row["granularity"]),
             numbers.count(row["parameters"]),
             numbers.count(row["macs"]),
-            *([", ".join(row["normalized"])] if len(table.columns) > 5 else []),
+            *([", ".join(row["normalized"])] if len(table.columns) > 6 else []),
         )
     return table
 

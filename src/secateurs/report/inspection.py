@@ -202,7 +202,7 @@ def _tables(found: Mapping[str, Any]) -> list[Table]:
 
 
 def _free(axes: Sequence[Mapping[str, Any]], traced: Mapping[str, Any]) -> Table:
-    head = ["Axis", "Role", "Units", "Parameters each", "MACs each", "Of the parameters",
+    head = ["Axis", "Role", "Units", "Entries each", "Parameters each", "MACs each", "Of the parameters",
             "Of the MACs", "Tensors"]  # fmt: skip
     over = any(row["normalized"] for row in axes)
     rows = []
@@ -211,12 +211,16 @@ def _free(axes: Sequence[Mapping[str, Any]], traced: Mapping[str, Any]) -> Table
             row["name"],
             row["role"],
             numbers.plain(row["size"]),
+            numbers.plain(row["granularity"]),
             *(numbers.count(row[kind]) for kind in COSTS),
             *(numbers.share(_share(row, kind, traced)) for kind in COSTS),
             numbers.plain(len(row["slices"])),
         ]
         rows.append(cells + [", ".join(row["normalized"])] * over)
-    caption = "Each: what one unit less saves, all other axes being whole."
+    caption = (
+        "Entries: what one unit takes of the tensor that makes it. Parameters, MACs: what one unit "
+        "less saves, all other axes being whole."
+    )
     if over:
         caption += " Where a statistic is taken over an axis, a removed unit changes the others."
     return Table(head + ["Statistic"] * over, rows, "Axes that can be shortened", caption)

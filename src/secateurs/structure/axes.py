@@ -35,6 +35,8 @@ class Group:
             tensor and dimension where it is frozen.
         role: channel, neuron, head, head width or width (of a residual stream).
         size: units.
+        granularity: entries of the tensor that makes them which one unit takes: 64 for a head of
+            64, 1 for a channel.
         slices: (tensor, dimension) of every parameter and buffer that the axis runs over.
         normalized: operations that take a statistic over it; shortening it changes what the
             other units see.
@@ -47,6 +49,7 @@ class Group:
     name: str
     role: str
     size: int
+    granularity: int
     slices: tuple[tuple[str, int], ...]
     normalized: tuple[str, ...]
     frozen: str | None
@@ -120,6 +123,7 @@ class Structure(Mapping[str, Group]):
                 name=names[axis],
                 role=roles[axis],
                 size=axis.size,
+                granularity=self._granularity(axis, *found[0]),
                 slices=tuple(found),
                 normalized=axis.over,
                 frozen=axis.frozen,
@@ -131,6 +135,10 @@ class Structure(Mapping[str, Group]):
         ]
         groups.sort(key=lambda g: g.frozen is not None)
         return {g.name: g for g in groups}
+
+    def _granularity(self, axis: Axis, tensor: str, place: int) -> int:
+        dim = self.trace.tensors[tensor][place]
+        return shortened_size(dim, _whole) - shortened_size(dim, lambda a: a.size - (a is axis))
 
     def _saved(self, axes: set[Axis]) -> dict[Axis, tuple[int, int]]:
         """Parameters and MACs that one unit less of each axis saves."""
@@ -211,14 +219,15 @@ class Structure(Mapping[str, Group]):
         return found
 
     def __str__(self) -> str:
-        rows = [("axis", "role", "units", "params/unit", "MACs/unit", "")]
+        rows = [("axis", "role", "units", "entries/unit", "params/unit", "MACs/unit", "")]
         for g in self._groups.values():
             remark = f"frozen: {g.frozen}" if g.frozen else ", ".join(g.normalized)
-            rows.append((g.name, g.role, str(g.size), str(g.parameters), str(g.macs), remark))
-        widths = [max(len(r[c]) for r in rows) for c in range(5)]
+            numbers = (g.size, g.granularity, g.parameters, g.macs)
+            rows.append((g.name, g.role, *map(str, numbers), remark))  # type: ignore[arg-type]
+        widths = [max(len(r[c]) for r in rows) for c in range(6)]
         return "\n".join(
             "  ".join([r[0].ljust(widths[0]), r[1].ljust(widths[1]),
-                       *(r[c].rjust(widths[c]) for c in (2, 3, 4)), r[5]]).rstrip()
+                       *(r[c].rjust(widths[c]) for c in range(2, 6)), r[6]]).rstrip()
             for r in rows
         )  # fmt: skip
 
