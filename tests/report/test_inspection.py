@@ -24,8 +24,8 @@ COST = {
 def axis(name, role="channel", size=10, parameters=20, macs=80, normalized=(), tensors=2):
     slices = [[f"{name}.t{number}", 0] for number in range(tensors)]
     return {
-        "name": name, "role": role, "size": size, "granularity": 1, "parameters": parameters, "macs": macs,
-        "normalized": list(normalized), "slices": slices,
+        "name": name, "role": role, "size": size, "granularity": 1,
+        "parameters": parameters, "macs": macs, "normalized": list(normalized), "slices": slices,
     }  # fmt: skip
 
 

@@ -202,8 +202,8 @@ def _tables(found: Mapping[str, Any]) -> list[Table]:
 
 
 def _free(axes: Sequence[Mapping[str, Any]], traced: Mapping[str, Any]) -> Table:
-    head = ["Axis", "Role", "Units", "Entries each", "Parameters each", "MACs each", "Of the parameters",
-            "Of the MACs", "Tensors"]  # fmt: skip
+    head = ["Axis", "Role", "Units", "Entries each", "Parameters each", "MACs each",
+            "Of the parameters", "Of the MACs", "Tensors"]  # fmt: skip
     over = any(row["normalized"] for row in axes)
     rows = []
     for row in axes:
