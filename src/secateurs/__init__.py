@@ -1,12 +1,13 @@
 """secateurs: prune everything a neural network is made of and fed with."""
 
-from secateurs.api import axes, finetune, prune, prune_checkpoint, train_with
+from secateurs.api import axes, prune, prune_checkpoint, train_with
 from secateurs.deploy.delta_file import SparseDelta, load_delta, merge
 from secateurs.errors import DivergedError, InputError, SecateursError
 from secateurs.method import Codec, Method, Procedure, Pruner, TrainingPruner
 from secateurs.outcome import Outcome, load, save
 from secateurs.parts.budgets import Budget
 from secateurs.parts.masks import Masks
+from secateurs.recovery import finetune
 from secateurs.registry import Paper, Tags, create, list_methods, register
 from secateurs.settings import TrainSettings, option
 from secateurs.task import Metric, Task, classification, language_modelling

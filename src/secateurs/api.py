@@ -20,10 +20,9 @@ from secateurs.parts.costs import measure_cost
 from secateurs.parts.masks import Masks
 from secateurs.parts.prunable import fixed_parameters
 from secateurs.parts.scales import norm_scales
+from secateurs.recovery import Recover, Recovery, check_recovery, finetune, recovery
 from secateurs.registry import create, options_as_dict
-from secateurs.settings import TrainSettings
 from secateurs.task import Task
-from secateurs.training.keeping import MaskKeeper
 from secateurs.training.loop import fit_once
 from secateurs.workspace import Workspace
 
@@ -39,7 +38,7 @@ def prune(
     *,
     base: nn.Module | None = None,
     seed: int = 0,
-    recover: bool = True,
+    recover: Recover = True,
     inplace: bool = False,
     with_latency: bool = False,
     engines: Sequence[str] = ("eager",),
@@ -58,7 +57,8 @@ def prune(
         base: the model that `model` was fine-tuned from, for methods that prune the difference.
         seed: of everything random.
         recover: after one-shot methods, train with the masks kept: by ``task.finetuning``, or
-            by ``task.training`` for methods that prune before training.
+            by ``task.training`` for methods that prune before training. Or how any method's
+            result is to recover: ``finetune``, ``perp``, ``{"perp": {options}}``, ``none``.
         inplace: work on `model` itself; by default on a copy. On an error the copy is dropped,
             or the model gets its weights back.
         with_latency: time a forward pass before and after.
@@ -78,12 +78,16 @@ def prune(
     require(not (options and not isinstance(method, str)), "options", options, "a method's name")
     parsed = chosen.accept(budget)
     check_engines(engines)
+    how = recovery(recover)
     work = work or Workspace()
     _check_needs(chosen, model, task, base)
+    check_recovery(how, task)
     dense = copy.deepcopy(model) if inplace else model
     net = model if inplace else copy.deepcopy(model)
     try:
-        outcome = _run(chosen, net, parsed, task, seed, recover, work, base)
+        outcome = _run(chosen, net, dense, parsed, task, seed, how is True, work, base)
+        if isinstance(how, Recovery):
+            _recover(outcome, how, chosen, task, dense, seed, work)
     except BaseException:
         if inplace:
             _give_back(model, dense)
@@ -158,6 +162,7 @@ def prune_checkpoint(
 def _run(
     method: Method,
     model: nn.Module,
+    dense: nn.Module,
     budget: Budget,
     task: Task | None,
     seed: int,
@@ -168,11 +173,11 @@ def _run(
     match method:
         case Pruner():
             outcome = method.prune(model, budget, task, seed=seed, work=work)
-            trains = task is not None and task.train is not None and method.time != "PTP"
-            if recover and trains:
-                assert task is not None
+            trains = method.time != "PTP" and "retrain" in method.tags.values("recovery")
+            if recover and trains and task is not None and task.train is not None:
                 settings = task.training if method.time == "PBT" else task.finetuning
-                finetune(outcome, task, settings, seed=seed, work=work)
+                taught = method.recovery_task(task, dense)
+                finetune(outcome, taught, settings, seed=seed, work=work)
             return outcome
         case TrainingPruner():
             assert task is not None
@@ -186,25 +191,22 @@ def _run(
     raise InputError("method", method.name, "a Pruner, a TrainingPruner, a Procedure or a Codec")
 
 
-def finetune(
+def _recover(
     outcome: Outcome,
-    task: Task,
-    settings: TrainSettings,
-    *,
-    seed: int = 0,
-    work: Workspace | None = None,
-    name: str = "finetune",
+    how: Recovery,
+    method: Method,
+    task: Task | None,
+    dense: nn.Module,
+    seed: int,
+    work: Workspace,
 ) -> None:
-    """Train the outcome's model with its masks kept, in place."""
-    fit_once(
-        outcome.model,
-        task,
-        settings,
-        seed=seed,
-        work=work,
-        name=name,
-        attach=lambda net, optimizer, _: [MaskKeeper(net, optimizer, outcome.masks)],
-    )
+    """Recover as asked for by name; what the method measured itself is measured anew."""
+    if isinstance(method, Codec):
+        raise InputError("recover", type(how).__name__, f"true or false: {method.name} has a delta")
+    assert task is not None
+    before = dense if isinstance(method, Pruner) else None
+    how.recover(outcome, task, dense=before, seed=seed, work=work.child("recovery"))
+    outcome.after, outcome.metrics_after = None, {}
 
 
 def train_with(

@@ -93,6 +93,10 @@ class Pruner(Method):
             seed: of whatever is random.
         """
 
+    def recovery_task(self, task: Task, dense: nn.Module) -> Task:
+        """What the pruned model is fine-tuned on: `task` itself, or one that `dense` teaches."""
+        return task
+
 
 class TrainingPruner(Method):
     """Prunes while somebody trains: it hangs on the optimizer's step hooks, nothing else.

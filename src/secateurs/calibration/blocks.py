@@ -60,10 +60,10 @@ def _is_stack(module: nn.Module) -> bool:
 def _is_block(module: nn.Module) -> bool:
     parameters = [(m, p) for m in module.modules() for p in m.parameters(recurse=False)]
     matrices = any(p.ndim >= 2 for _, p in parameters)
-    return matrices and any(_is_norm(m) for m, _ in parameters if m is not module)
+    return matrices and any(is_norm(m) for m, _ in parameters if m is not module)
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     """A scale per channel and no matrix: every kind of normalisation, whatever its name."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1:

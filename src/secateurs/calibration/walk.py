@@ -25,6 +25,7 @@ from secateurs.calibration.forwards import BlockCall, Forward, halting
 from secateurs.calibration.moments import Moments, collect_moments, is_known
 from secateurs.errors import InputError, described
 from secateurs.structure.trace import as_call, traceable
+from secateurs.task import to_device
 
 
 class Weights(Protocol):
@@ -110,7 +111,8 @@ def walk(
     The model is in eval mode, without caches and gradients, until the iterator is closed.
 
     Args:
-        batches: inputs as the model takes them: a tensor, a tuple, or a mapping of keywords.
+        batches: inputs as the model takes them: a tensor, a tuple, or a mapping of keywords; they
+            are moved to where the model is.
         blocks: where to stop; `find_blocks` by default.
         weights: of a model that is larger than memory.
 
@@ -121,14 +123,17 @@ def walk(
         raise InputError("batches", described("none"), "at least one batch of inputs")
     weights = weights or InMemory()
     blocks = dict(blocks or find_blocks(model))
+    places = (p.device for p in model.parameters() if not p.is_meta)
+    device = next(places, torch.device("cpu"))
     if "" in blocks:
         with traceable(model), weights.held(""):
-            yield Visit("", 0, 1, model, [BlockCall("", *as_call(b)) for b in batches])
+            calls = [BlockCall("", *as_call(to_device(b, device))) for b in batches]
+            yield Visit("", 0, 1, model, calls)
         return
     left = {name for name in blocks if weights.wanted(name)}
     visited = 0
     with traceable(model), halting(blocks) as forwards:
-        forwards += [Forward(partial(_called, model, batch)) for batch in batches]
+        forwards += [Forward(partial(_called, model, b, device)) for b in batches]
         for forward in forwards:
             forward.advance()
         while left and (name := _standing(forwards)) is not None:
@@ -149,8 +154,8 @@ def walk(
         raise InputError("batches", described(f"batches that never reach {missed}"), "all blocks")
 
 
-def _called(model: nn.Module, batch: Any) -> Any:
-    args, kwargs = as_call(batch)
+def _called(model: nn.Module, batch: Any, device: torch.device) -> Any:
+    args, kwargs = as_call(to_device(batch, device))
     return model(*args, **kwargs)
 
 

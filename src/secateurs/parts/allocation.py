@@ -9,7 +9,8 @@ that look at scores (global, LAMP, ratios of SNIP or GraSP) or are given (explic
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from math import prod
+from math import ceil, prod
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from secateurs.parts.prunable import matches_any, sizes
 from secateurs.parts.topk import select_largest
 
 Shapes = Mapping[str, Sequence[int]]
+Name = TypeVar("Name", bound=str | tuple[str, ...])
 
 SHAPE_METHODS = ("uniform", "uniform+", "er", "erk", "erk+")
 SCORE_METHODS = ("global", "lamp")
@@ -110,8 +112,8 @@ def _fill(
 
 
 def counts_from_densities(
-    density: Mapping[str, float], size: Mapping[str, int], keep: int
-) -> dict[str, int]:
+    density: Mapping[Name, float], size: Mapping[Name, int], keep: int
+) -> dict[Name, int]:
     """Whole numbers of kept weights that sum to `keep` (largest remainder, names break ties)."""
     counts = {n: min(size[n], int(density[n] * size[n] + 1e-9)) for n in density}
     remainder = {n: density[n] * size[n] - counts[n] for n in density}
@@ -234,3 +236,144 @@ def allocate_counts(
 def per_tensor_masks(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
     """In each tensor, the mask of its `counts` largest scores."""
     return {n: select_largest([scores[n]], counts[n])[0] for n in scores}
+
+
+def water_fill(
+    scores: Mapping[Name, float],
+    sizes: Mapping[Name, int],
+    sparsity: float,
+    max_sparsity: float | None = None,
+) -> dict[Name, float]:
+    """A sparsity per group: all keep a floor, the rest is handed out by score (ECoFLaP).
+
+    The int((1 − sparsity) · Σ size) weights that stay begin with ⌈(1 − max_sparsity) · size⌉ in
+    every group; what is left goes round after round as ⌈s / Σs · rest⌉, full groups dropping
+    out. What the rounding handed out too much is taken back from the largest group. (The
+    published code adds it once more, and misses the budget by up to twice the number of groups.)
+
+    Args:
+        scores: importance of a group, 0 or more; all zero means the same sparsity everywhere.
+        sizes: weights of a group.
+        sparsity: of all groups together, in [0, 1).
+        max_sparsity: of any group, exceeded by less than a weight where whole weights do not
+            allow it; `default_cap` of `sparsity` by default.
+
+    Raises:
+        InputError: a cap below `sparsity` or 1 and above, a score that is negative or NaN.
+
+    Source: arXiv 2310.02998.
+    """
+    require(0 <= sparsity < 1, "sparsity", sparsity, "a fraction in [0, 1)")
+    cap = default_cap(sparsity) if max_sparsity is None else max_sparsity
+    require(sparsity <= cap < 1, "max_sparsity", cap, f"{sparsity:g}, the sparsity, up to below 1")
+    for name, score in scores.items():
+        valid = score >= 0 and score != float("inf")
+        require(valid, f"scores {name}", score, "a finite number, 0 or more")
+    size = {name: sizes[name] for name in scores}
+    # 0.1 · 1000 may be a hair above 100, or below it
+    keep = int((1 - sparsity) * sum(size.values()) + 1e-6)
+    floor = {n: ceil((1 - cap) * size[n] - 1e-6) for n in size}
+    if not any(scores.values()) or sum(floor.values()) > keep:
+        kept = counts_from_densities(dict.fromkeys(size, 1 - sparsity), size, keep)
+    else:
+        kept = _filled(scores, size, floor, keep)
+    return {n: 1 - kept[n] / size[n] for n in size}
+
+
+def default_cap(sparsity: float) -> float:
+    """0.1 above the sparsity, and at most half of the way from there to 1."""
+    return min(sparsity + 0.1, (1 + sparsity) / 2)
+
+
+def _filled(
+    scores: Mapping[Name, float], size: Mapping[Name, int], floor: Mapping[Name, int], keep: int
+) -> dict[Name, int]:
+    kept = dict(floor)
+    while (rest := keep - sum(kept.values())) > 0:
+        open_ones = [n for n in kept if kept[n] < size[n]]
+        weight = {n: float(scores[n]) for n in open_ones}
+        if not any(weight.values()):
+            weight = {n: float(size[n]) for n in open_ones}
+        total = sum(weight.values())
+        for name in open_ones:
+            more = ceil(weight[name] / total * rest - 1e-9)
+            kept[name] = min(size[name], kept[name] + more)
+    excess = -rest
+    for name in sorted(kept, key=lambda n: -kept[n]):
+        back = min(excess, kept[name] - floor[name])
+        kept[name] -= back
+        excess -= back
+    return kept
+
+
+CFSP_SCALE = 13.1072
+"""The published code divides sums over 128 sequences of 1024 tokens by 10000; of means over
+tokens, that is this factor."""
+
+
+def sigmoid_weights(scores: Tensor, alpha: float = 1.0, scale: float = CFSP_SCALE) -> Tensor:
+    """w = σ(alpha · scale · (score − mean score)), float64 (CFSP, arXiv 2409.13199)."""
+    scores = scores.double()
+    require(bool(torch.isfinite(scores).all()), "scores", scores.tolist(), "finite numbers")
+    return torch.sigmoid(alpha * scale * (scores - scores.mean()))
+
+
+def sigmoid_allocation(
+    scores: Tensor,
+    prune_ratio: float,
+    alpha: float = 1.0,
+    scale: float = CFSP_SCALE,
+    margin: float = 1.05,
+    sizes: Tensor | None = None,
+) -> Tensor:
+    """Share that stays of every block: k = (w / mean w) · (1 − prune_ratio), with w of
+    `sigmoid_weights`.
+
+    Where the largest would reach 1, the spread of w is first narrowed until it is just below:
+    w ← mean w + f (w − mean w), f = mean w · p / (1 − p) / (max w − mean w) / margin.
+
+    Args:
+        scores: (blocks,), importance a token; higher keeps more.
+        prune_ratio: p, share of all units that goes, in [0, 1).
+        alpha: 0 is the same share everywhere.
+        margin: above 1.
+        sizes: (blocks,), units of every block, over which the mean is then taken; all equal by
+            default.
+
+    Returns:
+        (blocks,), float64, of mean 1 − p.
+
+    Source: arXiv 2409.13199 and its code, with the constant that does not depend on the number
+    of tokens.
+    """
+    require(0 <= prune_ratio < 1, "prune_ratio", prune_ratio, "a share in [0, 1)")
+    require(alpha >= 0, "alpha", alpha, "0 or more")
+    require(margin >= 1, "margin", margin, "1 or more")
+    weight = sigmoid_weights(scores, alpha, scale)
+    size = torch.ones_like(weight) if sizes is None else sizes.double()
+    mean, largest = (weight * size).sum() / size.sum(), weight.max()
+    left = 1 - prune_ratio
+    if largest > mean and largest / mean * left >= 1:
+        factor = mean * (1 / left - 1) / (largest - mean) / margin
+        weight = mean + (weight - mean) * factor
+    return weight / mean * left
+
+
+def importance_ranks(weights: Tensor, mean_rank: float = 8) -> list[int]:
+    """A rank per block in proportion to its weight, at least 1 (CFSP's recovery by LoRA).
+
+    r = mean_rank · w / mean w, in whole numbers whose total is mean_rank · blocks where the
+    least of 1 allows it.
+
+    Args:
+        weights: (blocks,), above 0, such as `sigmoid_weights`.
+    """
+    require(mean_rank >= 1, "mean_rank", mean_rank, "at least 1")
+    weights = weights.double()
+    valid = weights.numel() > 0 and bool((weights > 0).all() & torch.isfinite(weights).all())
+    require(valid, "weights", weights.tolist(), "finite numbers above 0")
+    total = round(mean_rank * len(weights))
+    names = [f"{place:09}" for place in range(len(weights))]
+    share = dict(zip(names, (weights / weights.sum()).tolist(), strict=True))
+    ranks = counts_from_densities(share, dict.fromkeys(names, total), total)
+    return list(with_floor(ranks, dict.fromkeys(names, total), 1).values())

@@ -114,7 +114,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     # imported here because it brings Triton along, a tenth of a second
     from torch.utils.flop_counter import FlopCounterMode
 
-    with evaluating(model), _attention_in_the_open(), torch.no_grad():
+    with evaluating(model), attention_in_the_open(), torch.no_grad():
         counter = FlopCounterMode(display=False)
         with counter:
             forward(model, example_inputs)
@@ -273,7 +273,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _attention_in_the_open() -> Iterator[None]:
+def attention_in_the_open() -> Iterator[None]:
     """Without the fused kernels, which the counter cannot see into."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -8,8 +8,9 @@
       - prune: {method: global-mp, budget: sparsity=0.95}
 
 A stage is `train` (the dense network, by `training`), `prune` (a method with its budget and
-options; it recovers by `finetuning`, or trains itself, as the method does; `base` names what the
-model was fine-tuned from, for methods that prune the difference) or `finetune` (a further
+options; it recovers by `finetuning`, or trains itself, as the method does, or recovers as
+`recover` says, see `secateurs.recovery`; `base` names what the model was fine-tuned from, for
+methods that prune the difference) or `finetune` (a further
 training with the masks kept). Everything is checked before anything runs.
 """
 
@@ -28,6 +29,7 @@ import yaml
 from secateurs.deploy.timing import check_engines
 from secateurs.errors import InputError, described, require, unknown
 from secateurs.method import Method, Pruner
+from secateurs.recovery import recovery
 from secateurs.registry import build, create
 from secateurs.settings import TrainSettings
 from secateurs.task import Task
@@ -62,13 +64,14 @@ class Stage:
     method: str = ""
     budget: str = ""
     options: dict[str, Any] = field(default_factory=dict)
-    recover: bool = True
+    recover: bool | str | dict[str, Any] = True
     settings: dict[str, Any] = field(default_factory=dict)
     base: str = ""
 
     def check(self) -> None:
         """Raise `InputError` for a method, option, budget or setting that cannot be."""
         if self.kind == "prune":
+            recovery(self.recover)
             method = self.build_method()
             method.accept(self.budget)
             self._check_base("base" in method.needs)
@@ -95,7 +98,7 @@ class Stage:
         if self.kind == "prune":
             base = {"base": self.base} if self.base else {}
             body = {"method": self.method, "budget": self.budget, **base, **self.options}
-            return {"prune": body if self.recover else {**body, "recover": False}}
+            return {"prune": body if self.recover is True else {**body, "recover": self.recover}}
         return {self.kind: self.settings} if self.settings else self.kind
 
 
@@ -234,8 +237,8 @@ def parse_stage(value: Any) -> Stage:
     own = ("method", "budget", "recover", "base")
     rest = {k: v for k, v in body.items() if k not in own}
     recover = body.get("recover", True)
-    if not isinstance(recover, bool):
-        raise InputError("recover", recover, "true or false")
+    if not isinstance(recover, bool | str | dict):
+        raise InputError("recover", recover, "true, false, a name, or a name with options")
     base = str(body.get("base") or "")
     return Stage("prune", str(body["method"]), str(body["budget"]), rest, recover, base=base)
 
@@ -250,7 +253,8 @@ def stages_for(method: str, budget: str, options: Mapping[str, Any], *, fresh: b
     own = {k: v for k, v in options.items() if k != "base"}
     prune = Stage("prune", method, budget, own, base=str(options.get("base") or ""))
     made = create(method, own)
-    if fresh and made.time != "PBT" and isinstance(made, Pruner):
+    after_training = isinstance(made, Pruner) or "peft" in made.tags.values("recovery")
+    if fresh and made.time != "PBT" and after_training:
         return [Stage("train"), prune]
     return [prune]
 

@@ -27,9 +27,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateurs.api import finetune, prune
+from secateurs.api import prune
 from secateurs.errors import InputError, described
 from secateurs.outcome import PLAN, Outcome, check_output_folder, load, save
+from secateurs.recovery import finetune
 from secateurs.runs.recipe import Recipe, Stage, changed, short_hash
 from secateurs.settings import TrainSettings
 from secateurs.state import write_bytes, write_json
