@@ -101,8 +101,9 @@ def test_width_scales_the_hidden_layers_and_nothing_else(name):
     thin, wide = (dict(make_network(name, width=w).named_parameters()) for w in (0.5, 1.0))
     assert list(thin) == list(wide)
     classes = find_network(name).classes
-    assert thin["classifier.weight"].shape[0] == wide["classifier.weight"].shape[0] == classes
-    assert 2 * thin["classifier.weight"].shape[1] == wide["classifier.weight"].shape[1]
+    head = "lm_head.weight" if name == "llama" else "classifier.weight"
+    assert thin[head].shape[0] == wide[head].shape[0] == classes
+    assert 2 * thin[head].shape[1] == wide[head].shape[1]
     ratio = sum(p.numel() for p in thin.values()) / sum(p.numel() for p in wide.values())
     assert 0.2 < ratio < 0.6
 
