@@ -34,7 +34,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -432,15 +432,15 @@ def _both(records: dict[tuple[str, str, str], Record]) -> list[str]:
         for (family, name, tool), record in records.items()
         if tool == "torch-pruning" and record["runs"] and (family, name, "secateurs") in records
     ]
-    over = sum(
-        r.get("reason", "").startswith("not done") for (_, _, t), r in records.items()
-        if t == "torch-pruning"
-    )  # fmt: skip
+    reasons = (r.get("reason", "") for (_, _, t), r in records.items() if t == "torch-pruning")
+    over = Counter(reason for reason in reasons if reason.startswith("not done"))
+    listed = ", ".join(f"{count} {reason}" for reason, count in over.most_common())
     return [
-        f"Of Torch-Pruning's runs {over} were not done in time, and count with the time that they",
-        f"were given. On the {len(pairs)} models that both prune, secateurs takes",
+        f"Of Torch-Pruning's runs, {listed or 'all were done in time'}; these count with the time",
+        f"that they were given. On the {len(pairs)} models that both prune, secateurs takes",
         f"{sum(a for a, _ in pairs):.0f} s, checks included, and Torch-Pruning",
-        f"{sum(b for _, b in pairs):.0f} s. Most of our time is torch.export's.",
+        f"{sum(b for _, b in pairs):.0f} s. Most of our time is torch.export's. The machine was",
+        "shared with other work.",
         "",
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,10 @@ def invoke(*words: object) -> Result:
     return CliRunner().invoke(main, [str(w) for w in words])
 
 
-def done(*words: object) -> dict[str, object]:
+def done(*words: object) -> dict[str, Any]:
     result = invoke(*words, "--json")
     assert result.exit_code == 0, (result.output, result.exception)
-    found: dict[str, object] = json.loads(result.stdout)
+    found: dict[str, Any] = json.loads(result.stdout)
     return found
 
 
@@ -61,14 +62,14 @@ def test_a_delta_is_merged_back_to_the_bit(runs: Path, tmp_path: Path) -> None:
     found, expected = weights(tmp_path / "merged"), weights(runs / "one-delta")
     assert all(same_bits(found[name], tensor) for name, tensor in expected.items())
     assert answer["base"] == base_hash(weights(runs / "base"))
-    (row,) = answer["deltas"]  # type: ignore[misc]
+    (row,) = answer["deltas"]
     assert row["bytes"] == (runs / "one-delta" / "outcome" / DELTA).stat().st_size
     assert invoke("inspect", tmp_path / "merged", "--data", "digits").exit_code == 0
 
 
 def test_a_run_with_a_delta_says_what_it_did(runs: Path) -> None:
     again = done("resume", runs / "one-delta")
-    assert again["promise"]["reached"] == pytest.approx(0.9, abs=0.05)  # type: ignore[index]
+    assert again["promise"]["reached"] == pytest.approx(0.9, abs=0.05)
     dense = sc.load(runs / "one").metrics_after
     assert again["metrics_before"] == dense
     assert "base: " in (runs / "one-delta" / "recipe.yaml").read_text()

@@ -289,18 +289,20 @@ def _give_back(model: nn.Module, before: nn.Module) -> None:
     """Weights, sizes and modes of a model as they were; what was not resized is the same object."""
     for module, original in zip(model.modules(), before.modules(), strict=True):
         for attribute, value in vars(original).items():
-            if not attribute.startswith("_"):
+            if not attribute.startswith("_") and isinstance(value, int | tuple):  # bools, too
                 setattr(module, attribute, value)
-        for own, old in (
-            (module._parameters, original._parameters),
-            (module._buffers, original._buffers),
-        ):
-            for name, tensor in old.items():
-                present = own.get(name)
-                if present is None or tensor is None or present.shape != tensor.shape:
-                    own[name] = tensor  # type: ignore[assignment]
-                else:
-                    present.copy_(tensor)
+        _put_back(module._parameters, original._parameters)
+        _put_back(module._buffers, original._buffers)
+
+
+def _put_back(own: dict[str, Any], old: dict[str, Any]) -> None:
+    """Copy tensors into those that have their shapes; others are replaced."""
+    for name, tensor in old.items():
+        present = own.get(name)
+        if present is None or tensor is None or present.shape != tensor.shape:
+            own[name] = tensor
+        else:
+            present.copy_(tensor)
 
 
 def _measure(outcome: Outcome, dense: nn.Module, task: Task | None, engines: Sequence[str]) -> None:

@@ -219,11 +219,13 @@ class Structure(Mapping[str, Group]):
         return found
 
     def __str__(self) -> str:
-        rows = [("axis", "role", "units", "entries/unit", "params/unit", "MACs/unit", "")]
+        rows: list[tuple[str, ...]] = [
+            ("axis", "role", "units", "entries/unit", "params/unit", "MACs/unit", "")
+        ]
         for g in self._groups.values():
             remark = f"frozen: {g.frozen}" if g.frozen else ", ".join(g.normalized)
             numbers = (g.size, g.granularity, g.parameters, g.macs)
-            rows.append((g.name, g.role, *map(str, numbers), remark))  # type: ignore[arg-type]
+            rows.append((g.name, g.role, *map(str, numbers), remark))
         widths = [max(len(r[c]) for r in rows) for c in range(6)]
         return "\n".join(
             "  ".join([r[0].ljust(widths[0]), r[1].ljust(widths[1]),

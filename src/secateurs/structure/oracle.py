@@ -73,10 +73,11 @@ class DenseWithZeros(fx.Interpreter):
             self.literals[literal.node].append((literal, new))
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        spec: Any = self.module._in_spec
+        module: Any = self.module
+        spec = module._in_spec
         flat = tree_leaves((args, reorder_kwargs(kwargs, spec)))
         result = super().run(*flat, enable_io_processing=False)
-        return self.module.graph.process_outputs(result)  # type: ignore[union-attr, operator]
+        return module.graph.process_outputs(result)
 
     def _count(self, axis: Any) -> int:
         units = self.kept.get(axis)
