@@ -126,7 +126,8 @@ def register(
 
 
 @cache
-def _discover() -> None:
+def discover() -> None:
+    """Import every method, so that what its file registers is there."""
     import secateurs.methods as package
 
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
@@ -143,7 +144,7 @@ def list_methods(pattern: str = "*", **wanted: str) -> dict[str, type[Any]]:
         wanted: a value an axis of the tags must have, such as ``unit="weight"``; ``needs``
             filters by what the method asks of the user.
     """
-    _discover()
+    discover()
     for axis, value in wanted.items():
         if axis not in (*VOCABULARY, "needs"):
             raise unknown("axis", axis, (*VOCABULARY, "needs"))
@@ -173,7 +174,7 @@ def method_class(name: str) -> type[Any]:
     Raises:
         InputError: no such method; the closest name is suggested.
     """
-    _discover()
+    discover()
     if name not in _METHODS:
         raise unknown("method", name, _METHODS)
     return _METHODS[name]

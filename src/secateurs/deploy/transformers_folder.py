@@ -68,7 +68,7 @@ def size_changes(outcome: Outcome) -> list[tuple[int, int]]:
     """(before, after) of every dimension that changed, over all surgeries of an outcome."""
     changes: list[tuple[int, int]] = []
     for plan in outcome.surgery:
-        own = [tuple(pair) for pair in plan["sizes"]]
+        own = [(before, after) for before, after in plan["sizes"]]
         further = [(before, c) for before, after in changes for b, c in own if b == after]
         changes = list(dict.fromkeys([*further, *changes, *own]))
     return changes

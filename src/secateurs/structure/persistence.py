@@ -1,26 +1,43 @@
 """A surgery as plain values: enough to do it again on the dense model, without pickle.
 
 A resized module is rebuilt from the kept indices of its tensors and the attributes that were
-set; a rewritten graph by tracing the dense model again, with the same kept units. Several
-surgeries one after the other are a list of such plans.
+set; a rewritten graph by tracing the dense model again, with the same kept units; exchanged layers
+by what they say of themselves (`secateurs.structure.substitution`). A method may add a form of its
+own by `rebuilds`. Several surgeries one after the other are a list of such plans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateurs.errors import InputError, described
+from secateurs.errors import InputError, described, unknown
+from secateurs.registry import discover
 from secateurs.structure.axes import Structure
 from secateurs.structure.dimensions import Axis, Kept, shortened_size, size_of
 from secateurs.structure.rules import flat
+from secateurs.structure.substitution import FORM, resubstitute
 from secateurs.structure.surgery import Shortened, apply_edits, shorten, slice_tensor
 from secateurs.structure.trace import named_tensors, trace
 
 Plan = dict[str, Any]
+Rebuild = Callable[[nn.Module, Plan], nn.Module]
+"""(dense model, plan) -> the model of the plan's shapes, whose weights are loaded after."""
+
+_FORMS: dict[str, Rebuild] = {FORM: resubstitute}
+
+
+def rebuilds(form: str) -> Callable[[Rebuild], Rebuild]:
+    """Decorator: the function that does again, at load, surgeries of this ``form``."""
+
+    def enter(rebuild: Rebuild) -> Rebuild:
+        _FORMS[form] = rebuild
+        return rebuild
+
+    return enter
 
 
 def plan_of(structure: Structure, kept: Kept, made: Shortened) -> Plan:
@@ -57,17 +74,19 @@ def rebuild(model: nn.Module, plans: list[Plan]) -> nn.Module:
     """Do the surgeries of `plans` on a dense model, in place; weights are to be loaded after.
 
     Raises:
-        InputError: the model does not have the tensors, sizes or attributes of a plan.
+        InputError: the model does not have the tensors, sizes or attributes of a plan, or a plan
+            is of a form that no installed method makes.
     """
+    discover()  # a method may have brought a form or a kind of layer
     for plan in plans:
-        if plan["form"] == "graph":
-            model = _rebuild_graph(model, plan)
-        else:
-            _rebuild_module(model, plan)
+        if plan["form"] not in _FORMS:
+            raise unknown("form of surgery", plan["form"], _FORMS)
+        model = _FORMS[plan["form"]](model, plan)
     return model
 
 
-def _rebuild_module(model: nn.Module, plan: Plan) -> None:
+@rebuilds("module")
+def _rebuild_module(model: nn.Module, plan: Plan) -> nn.Module:
     tensors = named_tensors(model)
     for name, places in plan["tensors"].items():
         if name not in tensors:
@@ -85,8 +104,10 @@ def _rebuild_module(model: nn.Module, plan: Plan) -> None:
         apply_edits(model, plan["edits"])
     except AttributeError as error:
         raise InputError("model", described(str(error)), "the dense model of the plan") from None
+    return model
 
 
+@rebuilds("graph")
 def _rebuild_graph(model: nn.Module, plan: Plan) -> nn.Module:
     args, kwargs = restore(plan["inputs"])
     found = trace(model, tuple(args) if args else kwargs)
