@@ -1,6 +1,7 @@
 """The column sweep of the OBS solver, beside a loop that updates all later columns every time.
 
     python benchmarks/obs_solver.py [--size 4096] [--threads 1] [--repeats 3] [--block 128] [--rows]
+                                    [--device cuda]
 
 A square float32 layer with correlated inputs is swept to half by `sweep_columns`; a plain loop
 takes away the same weights, one column after the other, without blocks. It works on the
@@ -58,6 +59,8 @@ def loop_by_columns(weight: Tensor, root: Tensor, mask: Tensor) -> Tensor:
 def timed(function: Callable[[], Result]) -> tuple[Result, float]:
     begin = time.perf_counter()
     result = function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return result, time.perf_counter() - begin
 
 
@@ -68,13 +71,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns of each")
     parser.add_argument("--block", type=int, default=BLOCK_SIZE, help="columns in a block")
     parser.add_argument("--rows", action="store_true", help="also the loop on rows")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
     generator = torch.Generator().manual_seed(0)
-    second_moment = correlated_hessian(arguments.size, generator)
-    weight = torch.randn(arguments.size, arguments.size, generator=generator)
+    second_moment = correlated_hessian(arguments.size, generator).to(arguments.device)
+    weight = torch.randn(arguments.size, arguments.size, generator=generator).to(arguments.device)
 
+    damp(second_moment[:64, :64])  # a GPU loads its libraries at the first call
     hessian, damping = timed(lambda: damp(second_moment))
     root, inverting = timed(lambda: hessian.inverse_root.float())
     loops = {"loop, weight transposed": loop_by_columns}
@@ -92,7 +97,8 @@ def main() -> None:
             seconds[name].append(own)
             apart = max(apart, float((result - swept.weight).abs().max()))
 
-    print(f"{arguments.size} x {arguments.size} float32, {torch.get_num_threads()} threads")
+    on = torch.cuda.get_device_name() if weight.is_cuda else f"{torch.get_num_threads()} threads"
+    print(f"{arguments.size} x {arguments.size} float32, {on}")
     print(f"{'factorisation, shared':26s} {damping + inverting:8.2f} s")
     ratios = {}
     for name, own in seconds.items():
