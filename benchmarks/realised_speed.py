@@ -5,9 +5,9 @@
 
 ResNet-50, MobileNetV2 and a ViT-B lose channels, neurons and heads by their L1 norms until half
 the MACs are left; dense and pruned forward passes then take turns in the same run.
-Bar: at most 0.6 of the dense latency. With --batch 1 the cost of calling 150 small operations
-decides over MobileNetV2, and no smaller tensor lowers that; nor does one of small batches on a GPU. The
-bar is for the CPU.
+Bar, for the CPU: at most 0.6 of the dense latency. With --batch 1 the cost of calling 150 small
+operations decides over MobileNetV2, and no smaller tensor lowers that; the same holds of small
+batches on a GPU.
 """
 
 from __future__ import annotations
