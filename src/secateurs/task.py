@@ -111,12 +111,13 @@ class Task:
         return self.split(batch) if self.split is not None else split_batch(batch)
 
     def forward(self, model: nn.Module, inputs: Any) -> Any:
-        """The model's output; dictionaries are passed as keyword arguments."""
+        """The model's output for inputs on any device; dictionaries are keyword arguments."""
+        inputs = to_device(inputs, next(model.parameters()).device)
         return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
     def batch_loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The mean loss of a batch, with its graph."""
-        inputs, target = self.unpack(batch)
+        """The mean loss of a batch on any device, with its graph."""
+        inputs, target = self.unpack(to_device(batch, next(model.parameters()).device))
         return self.loss(self.forward(model, inputs), target)
 
     def measure(self, model: nn.Module, loader: Iterable[Any] | None = None) -> dict[str, float]:

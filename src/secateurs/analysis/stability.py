@@ -42,8 +42,8 @@ def distance(
             raise InputError("state", name, "two states with the masked tensors")
     if not any(bool(m.any()) for m in masks.values()):
         raise InputError("masks", described("no survivor"), "masks with at least one survivor")
-    x = torch.cat([a[n][m].double() for n, m in masks.items()])
-    y = torch.cat([b[n][m].double() for n, m in masks.items()])
+    x = torch.cat([a[n][m.to(a[n].device)].double() for n, m in masks.items()])
+    y = torch.cat([b[n][m.to(b[n].device)].double() for n, m in masks.items()]).to(x.device)
     if metric == "l2":
         return float((x - y).norm())
     # atan2 keeps small angles exact, where arccos of a cosine near 1 would not be
