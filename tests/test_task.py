@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import secateurs as sc
+from secateurs.devices import to_device
 from secateurs.errors import InputError
-from secateurs.task import batch_size, head, seeded, split_batch, to_device
+from secateurs.task import batch_size, head, seeded, split_batch
 
 LABELS = torch.tensor([0, 1, 2, 0, 1])
 INPUTS = F.one_hot(torch.tensor([0, 1, 1, 0, 2]), 3).float()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from secateurs.deploy.timing import TABLE, check_engines, compare_latency, latency_rows
+from secateurs.devices import device_of
 from secateurs.errors import InputError, described, require
 from secateurs.method import Codec, Method, Procedure, Pruner, TrainingPruner, masked_outcome
 from secateurs.outcome import Outcome, Promise
@@ -233,7 +234,7 @@ def train_with(
     )
     state = trained.hooks[0]
     masks = Masks.unpack(state["masks"], state["shapes"])
-    return masked_outcome(model, masks.to(next(model.parameters()).device))
+    return masked_outcome(model, masks.to(device_of(model)))
 
 
 def promise_of(outcome: Outcome, budget: Budget) -> Promise:
@@ -311,8 +312,8 @@ def _measure(outcome: Outcome, dense: nn.Module, task: Task | None, engines: Seq
         return
     outcome.primary, outcome.higher_is_better = task.primary, task.higher_is_better
     inputs = task.example_inputs
-    device = next(outcome.model.parameters()).device
-    home = next(dense.parameters()).device
+    device = device_of(outcome.model)
+    home = device_of(dense)
     dense.to(device)
     before = outcome.before or measure_cost(dense, inputs)
     after = outcome.after or measure_cost(outcome.model, inputs, outcome.masks)

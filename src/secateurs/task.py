@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from secateurs.devices import device_of, to_device
 from secateurs.errors import InputError, described, require, unknown
 from secateurs.settings import TrainSettings
 
@@ -112,12 +113,12 @@ class Task:
 
     def forward(self, model: nn.Module, inputs: Any) -> Any:
         """The model's output for inputs on any device; dictionaries are keyword arguments."""
-        inputs = to_device(inputs, next(model.parameters()).device)
+        inputs = to_device(inputs, device_of(model))
         return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
     def batch_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch on any device, with its graph."""
-        inputs, target = self.unpack(to_device(batch, next(model.parameters()).device))
+        inputs, target = self.unpack(to_device(batch, device_of(model)))
         return self.loss(self.forward(model, inputs), target)
 
     def measure(self, model: nn.Module, loader: Iterable[Any] | None = None) -> dict[str, float]:
@@ -125,7 +126,7 @@ class Task:
 
         The model's mode is restored. Samples count equally, whatever the batch sizes.
         """
-        device = next(model.parameters()).device
+        device = device_of(model)
         sums = dict.fromkeys(self.metrics, 0.0)
         counts = dict.fromkeys(self.metrics, 0)
         loss, samples = 0.0, 0
@@ -190,17 +191,6 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     )
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """A nested batch on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {k: to_device(v, device) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_device(v, device) for v in value)
-    return value
-
-
 def batch_size(value: Any) -> int:
     """Number of samples of a nested batch: the first dimension of its first tensor."""
     if isinstance(value, Tensor):
@@ -222,13 +212,15 @@ def cross_entropy(label_smoothing: float = 0.0) -> Loss:
 
     def loss(output: Any, target: Tensor) -> Tensor:
         logits = logits_of(output)
+        accepted = f"0 to {logits.shape[-1] - 1}, the model's outputs"
+        if target.is_cuda and not target.is_floating_point():
+            # torch checks every label on a CPU; on a GPU it can only abort the process
+            highest = int(target.max())
+            require(highest < logits.shape[-1], "labels", highest, accepted)
         try:
             return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
         except IndexError:
-            # torch checks every label on a CPU; on a GPU it can only abort the process
-            raise InputError(
-                "labels", int(target.max()), f"0 to {logits.shape[-1] - 1}, the model's outputs"
-            ) from None
+            raise InputError("labels", int(target.max()), accepted) from None
 
     return loss
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import secateurs as sc
+from secateurs.devices import device_of
 from secateurs.errors import InputError
 from secateurs.parts.budgets import FRACTIONS, QUANTITIES
 from secateurs.registry import NEEDS, VOCABULARY, Paper, create, options_as_dict, options_of
@@ -57,7 +58,7 @@ def accepted(name):
 def pruned(task, name, budget=None, model=None, method=None, **options):
     model = start(name, task) if model is None else model
     if issubclass(METHODS[name], sc.Codec):
-        options["base"] = base_of(model, task)
+        options["base"] = base_of(model, task).to(device_of(model))
     return sc.prune(model, method or name, budget or first_budget(name), task, **options)
 
 
@@ -173,6 +174,19 @@ def test_it_goes_on_from_a_workspace(name, task, outcome, tmp_path):
     for made in (first, again):
         assert_same(outcome.model.state_dict(), made.model.state_dict())
         assert outcome.metrics_after == made.metrics_after
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_on_a_gpu_is_pruned_there(name, task, tmp_path):
+    outcome = pruned(task, name, model=start(name, task).cuda(), with_latency=True)
+    assert device_of(outcome.model).type == "cuda"
+    assert outcome.promise.kept
+    assert math.isfinite(outcome.metrics_after["loss"])
+    assert outcome.after.latency.median > 0
+    sc.save(outcome, tmp_path / "out")
+    width = outcome.source.get("width", 1.0)
+    read = sc.load(tmp_path / "out", lambda: task.resize(width))
+    assert_same(outcome.model.cpu().state_dict(), read.model.state_dict())
 
 
 class Ear:

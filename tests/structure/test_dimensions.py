@@ -411,6 +411,7 @@ def truths(draw: Any) -> Truth:
                 p
                 for p in range(2, len(own) - 1)
                 if {a for a, _ in own[p - 1]} != {a for a, _ in own[p]}
+                and not splits_an_axis(own[:p], own[p:])
             ]
             if places:
                 p = draw(st.sampled_from(places))
@@ -437,6 +438,15 @@ def truths(draw: Any) -> Truth:
     all_labels = [*labels[:given], *(labels[b] for b in blanks), *labels[given:]]
     program = Program(tuple(map(len, all_labels)), given + len(blanks), tuple(moved))
     return Truth(program, tuple(all_labels))
+
+
+def splits_an_axis(left: Labels, right: Labels) -> bool:
+    """Whether of some axis other units lie on one side than on the other."""
+    sides = [{label for x in side for label in x} for side in (left, right)]
+    shared = {a for a, _ in sides[0]} & {a for a, _ in sides[1]}
+    return any(
+        {u for a, u in sides[0] if a == s} != {u for a, u in sides[1] if a == s} for s in shared
+    )
 
 
 @fuzzed(300)

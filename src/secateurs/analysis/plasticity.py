@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from secateurs.devices import device_of, to_device
 from secateurs.errors import require
 from secateurs.parts.allocation import largest_by_name, per_tensor_masks
 from secateurs.parts.masks import Masks, named_parameters
@@ -24,7 +25,7 @@ from secateurs.parts.prunable import prunable_parameters
 from secateurs.parts.regrowth import prune_and_regrow
 from secateurs.parts.saliency import Probe
 from secateurs.state import Tree, model_state
-from secateurs.task import Task, to_device
+from secateurs.task import Task
 from secateurs.training.keeping import MaskKeeper
 from secateurs.training.loop import fit_once, own_randomness, total_steps
 from secateurs.training.order import batches_from, mix
@@ -123,7 +124,7 @@ def regenerated(
     params = named_parameters(model, masks)
     masks.apply_(params)
     batch, _ = next(batches_from(task.training_loader(), seed, step))
-    held = to_device(batch, next(model.parameters()).device)
+    held = to_device(batch, device_of(model))
     with own_randomness():
         torch.manual_seed(mix(seed, step, 1))  # the dropout of that step
         growth = _gradients(Probe(model, params, [held], task.batch_loss))

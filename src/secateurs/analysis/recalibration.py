@@ -18,8 +18,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import DataLoader
 
+from secateurs.devices import device_of, to_device
 from secateurs.errors import require
-from secateurs.task import Split, split_batch, to_device
+from secateurs.task import Split, split_batch
 from secateurs.training.order import batches_from, steps_per_epoch
 
 
@@ -47,7 +48,7 @@ def recalibrate(
     if not layers:
         return
     count = steps_per_epoch(loader) if batches is None else batches
-    device = next(model.parameters()).device
+    device = device_of(model)
     with _estimating(model, layers), torch.no_grad():
         for batch, _ in islice(batches_from(loader, seed, 0), count):
             inputs, _ = split(to_device(batch, device))

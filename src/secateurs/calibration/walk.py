@@ -23,9 +23,9 @@ from torch import nn
 from secateurs.calibration.blocks import find_blocks
 from secateurs.calibration.forwards import BlockCall, Forward, halting
 from secateurs.calibration.moments import Moments, collect_moments, is_known
+from secateurs.devices import to_device
 from secateurs.errors import InputError, described
 from secateurs.structure.trace import as_call, traceable
-from secateurs.task import to_device
 
 
 class Weights(Protocol):

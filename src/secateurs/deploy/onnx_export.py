@@ -28,8 +28,9 @@ from secateurs.deploy.onnx_session import (
     largest_difference,
     output_tensors,
 )
+from secateurs.devices import device_of
 from secateurs.errors import ConversionError, InputError, described, library, require
-from secateurs.parts.costs import device_of, evaluating, forward
+from secateurs.parts.costs import evaluating, forward
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from torch import nn
 
 from secateurs.deploy.onnx_export import export_onnx
 from secateurs.deploy.onnx_session import OnnxSession, first_line
+from secateurs.devices import device_of
 from secateurs.errors import InputError, require, unknown
 from secateurs.parts.costs import (
     Latency,
-    device_of,
     forward_call,
     latency_of,
     time_calls,

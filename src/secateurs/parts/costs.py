@@ -8,7 +8,6 @@ only a sparse kernel or a real removal keeps, which is why the latency is measur
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from secateurs.devices import device_of, to_device
 from secateurs.errors import require
 
 
@@ -117,7 +117,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     with evaluating(model), attention_in_the_open(), torch.no_grad():
         counter = FlopCounterMode(display=False)
         with counter:
-            forward(model, example_inputs)
+            forward(model, to_device(example_inputs, device_of(model)))
     flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     root = type(model).__name__
     named = {"": flops.get("Global", 0)}
@@ -250,9 +250,10 @@ def timing_conditions(*models: nn.Module, threads: int | None = None) -> Iterato
 def forward_call(model: nn.Module, example_inputs: Any) -> Callable[[], Any]:
     """A forward pass as a function that returns when the device has done it."""
     device = device_of(model)
+    inputs = to_device(example_inputs, device)
 
     def call() -> Any:
-        output = forward(model, example_inputs)
+        output = forward(model, inputs)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return output
@@ -295,12 +296,6 @@ def forward(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
     return model(*[v.to(device) if isinstance(v, Tensor) else v for v in inputs])
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter or buffer is; the CPU for a model without any."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return next((t.device for t in tensors), torch.device("cpu"))
 
 
 def _batch(inputs: Any) -> int:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateurs.devices import to_device
 from secateurs.errors import InputError, described, require, unknown
 from secateurs.parts.masks import named_parameters
-from secateurs.task import to_device
 
 BatchLoss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> mean loss of the batch."""

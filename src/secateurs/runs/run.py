@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from secateurs.api import prune
+from secateurs.devices import default_device
 from secateurs.errors import InputError, described
 from secateurs.outcome import PLAN, Outcome, check_output_folder, load, save
 from secateurs.recovery import finetune
@@ -183,7 +184,7 @@ class Run:
 
         recipe = self.recipe
         task = recipe.make_task()
-        model = task.starting_model(recipe.seed)
+        model = task.starting_model(recipe.seed).to(default_device())
         outcome: Outcome | None = None
         for number, stage in enumerate(recipe.stages):
             place = work.child(f"{number}-{stage.kind}")

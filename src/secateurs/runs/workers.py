@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from secateurs.devices import default_device
 from secateurs.errors import SecateursError, require
 from secateurs.outcome import load
 from secateurs.parts.costs import measure_latencies
@@ -177,6 +178,7 @@ def time_outcomes(bench: Bench) -> None:
         run = Run(bench.cell_folder(job))
         task = run.recipe.make_task()
         models = [task.starting_model(run.recipe.seed), load(run.folder / "outcome").model]
+        models = [model.to(default_device()) for model in models]
         dense, pruned = measure_latencies(models, task.example_inputs)
         result |= {
             "latency_ms": pruned.median,

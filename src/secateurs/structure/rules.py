@@ -957,5 +957,25 @@ def recurrent(at: Site) -> Value:
     for state in states:
         own = at._of(state)
         unify(own[-1], hidden[0])
-    state_out = tuple(at._of(s) for s in states)
-    return ([*dims[:-1], feed], *state_out)
+    told = at.node.meta["val"]
+    if not isinstance(told, list | tuple):
+        return [*dims[:-1], feed]
+    taken = {user.args[1] for user in at.node.users if user.users}
+    after = (
+        _state_after(at._of(state), told[place], place in taken)
+        for place, state in enumerate(states, 1)
+    )
+    return ([*dims[:-1], feed], *after)
+
+
+def _state_after(dims: list[Dim], told: Tensor, taken: bool) -> Value:
+    """The dimensions that a state has after a recurrent layer: those from before it.
+
+    torch 2.11 claims one more, so what takes such a state was traced with a wrong shape.
+    """
+    if [size_of(d) for d in dims] == list(told.shape):
+        return dims
+    why = f"a state that torch says is {list(told.shape)}"
+    for dim in dims if taken else ():
+        freeze(dim, why)
+    return frozen_like(told, why)

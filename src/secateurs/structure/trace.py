@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from secateurs.devices import to_device
 from secateurs.errors import InputError, described
 from secateurs.structure.dimensions import Dim, Mismatch, axis, freeze, size_of
 from secateurs.structure.parts import Part, exported, exported_parts, fed
@@ -31,7 +32,6 @@ from secateurs.structure.rules import (
     op_name,
     rule_for,
 )
-from secateurs.task import to_device
 
 
 @dataclass

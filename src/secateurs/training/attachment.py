@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from secateurs.devices import to_device
 from secateurs.errors import require
 from secateurs.method import TrainingPruner, masked_outcome, weights_to_keep
 from secateurs.parts.budgets import Budget
 from secateurs.parts.masks import Masks
 from secateurs.state import Tree
-from secateurs.task import to_device
 from secateurs.training.keeping import MaskKeeper
 
 if TYPE_CHECKING:

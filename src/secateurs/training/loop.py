@@ -18,10 +18,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from secateurs.devices import device_of, to_device
 from secateurs.errors import DivergedError, InputError, require
 from secateurs.settings import TrainSettings
 from secateurs.state import Tree, model_state
-from secateurs.task import Task, to_device
+from secateurs.task import Task
 from secateurs.training.order import batches_from, mix, steps_per_epoch
 from secateurs.workspace import Workspace
 
@@ -103,7 +104,7 @@ def fit(
     only in the optimizer's state.
 
     Args:
-        model: left on the CPU or on the accelerator it was trained on, in training mode.
+        model: trained where Accelerate trains, given back where it was, in training mode.
         settings: the whole training; ``settings.total_steps`` is T.
         seed: of data order, augmentation and dropout.
         start_step, stop_step: the part of the training to run; to the end by default.
@@ -127,6 +128,7 @@ def fit(
     history = History(start_step)
     optimizer = settings.make_optimizer(model.parameters())
     base_rates = [group["lr"] for group in optimizer.param_groups]
+    home = device_of(model)
     model.to(accelerator.device)
     model.train()
     if optimizer_state is not None:
@@ -197,6 +199,7 @@ def fit(
             vars(model).pop("forward", None)  # Accelerate leaves it bound to the instance
         for hook in hooks:
             hook.remove()
+        model.to(home)
     return history
 
 

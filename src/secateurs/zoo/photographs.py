@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateurs.devices import device_of
 from secateurs.errors import InputError, described, require
-from secateurs.parts.costs import device_of, evaluating
+from secateurs.parts.costs import evaluating
 from secateurs.task import Metric, Task, logits_of
 from secateurs.zoo.datasets import Data, TensorData, as_fetched
 from secateurs.zoo.pretrained import lite0_pixels, package_folder, pretrained

@@ -50,6 +50,7 @@ from secateurs.calibration.feed_forward import (
 from secateurs.calibration.layerwise import split
 from secateurs.calibration.moments import Moments
 from secateurs.calibration.walk import Visit, walk
+from secateurs.devices import device_of, to_device
 from secateurs.errors import InputError, described, require, unknown
 from secateurs.method import Pruner
 from secateurs.outcome import Outcome, Promise
@@ -71,7 +72,7 @@ from secateurs.structure.choice import Choice
 from secateurs.structure.cost import structure_cost
 from secateurs.structure.removal import promise_of, remove
 from secateurs.structure.trace import trace
-from secateurs.task import Task, to_device
+from secateurs.task import Task
 from secateurs.training.batches import calibration_inputs
 from secateurs.workspace import Workspace
 
@@ -137,7 +138,7 @@ class CFSP(Pruner):
         structure = Structure(trace(model, task.example_inputs))
         layers = self.layers(structure, model)
         inputs = calibration_inputs(task.training_loader(), self.samples, seed, task.unpack)
-        inputs = to_device(inputs, next(model.parameters()).device)
+        inputs = to_device(inputs, device_of(model))
         batches = split(inputs, self.samples, self.batch)
         importance, moments = measure(model, batches, layers, self.metric)
         widths = Widths(self, layers, importance)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.calibration.blocks import find_blocks, owner_of
+from secateurs.devices import device_of, to_device
 from secateurs.errors import InputError, described, require
 from secateurs.method import Procedure
 from secateurs.outcome import Outcome
@@ -47,7 +48,7 @@ from secateurs.structure.dimensions import Axis, units_of
 from secateurs.structure.removal import promise_of, remove
 from secateurs.structure.rewrite import difference
 from secateurs.structure.trace import trace
-from secateurs.task import Task, to_device
+from secateurs.task import Task
 from secateurs.training import adapters as low_rank
 from secateurs.training.adapters import AdaptedLayer
 from secateurs.training.keeping import StepHooks
@@ -292,7 +293,7 @@ class LoRAPrune(Procedure):
         work: Workspace | None = None,
     ) -> Outcome:
         prunable_parameters(model)  # refuses what has no weights, or NaN in them
-        device = next(model.parameters()).device
+        device = device_of(model)
         inputs = to_device(task.example_inputs, device)
         structure = Structure(trace(model, inputs))
         names = adapted_layers(model)
@@ -317,7 +318,7 @@ class LoRAPrune(Procedure):
             expected = outputs_in_eval(model, task, inputs)
             low_rank.merge(model)
         kept = trained.hooks[0]["kept"]
-        structure = Structure(trace(model, to_device(inputs, next(model.parameters()).device)))
+        structure = Structure(trace(model, to_device(inputs, device_of(model))))
         chosen = {
             structure[u.name].axis: np.flatnonzero(kept[u.name].cpu().numpy())
             for u in units
@@ -477,7 +478,7 @@ def least_ratio(
 @torch.no_grad()
 def outputs_in_eval(model: nn.Module, task: Task, inputs: Any) -> Tensor:
     """The first tensor that the model gives for some inputs."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     training = model.training
     model.eval()
     output = task.forward(model, to_device(inputs, device))

@@ -35,12 +35,13 @@ from torch import Tensor, nn
 
 from secateurs.calibration.output_change import Kind
 from secateurs.deploy.delta_file import Entries, SparseDelta, base_hash, merge
+from secateurs.devices import device_of, to_device
 from secateurs.errors import described, require
 from secateurs.method import Codec
 from secateurs.methods.deltas.trials import Q, Trials, q_of
 from secateurs.outcome import Outcome, Promise
 from secateurs.parts.budgets import Budget
-from secateurs.parts.costs import dense_bytes, device_of
+from secateurs.parts.costs import dense_bytes
 from secateurs.parts.deltas import (
     Difference,
     Structure,
@@ -51,7 +52,7 @@ from secateurs.parts.prunable import check_finite, matches_any, prunable_paramet
 from secateurs.parts.rescaling import Grid
 from secateurs.registry import Paper, Tags, options_as_dict, register
 from secateurs.settings import option
-from secateurs.task import Task, to_device
+from secateurs.task import Task
 from secateurs.workspace import Workspace
 
 HEADS = ("classifier", "lm_head", r"^head\.", r"^fc\.", r"^score\.")

@@ -18,12 +18,12 @@ from secateurs.calibration.moments import (
     weight_matrices,
 )
 from secateurs.calibration.output_change import Kind, OutputChange
+from secateurs.devices import device_of, to_device
 from secateurs.errors import InputError, require
 from secateurs.parts.allocation import counts_from_densities
-from secateurs.parts.costs import device_of
 from secateurs.parts.deltas import Difference, largest_masks, random_masks, units_of
 from secateurs.parts.rescaling import mean_without, row_q, spread
-from secateurs.task import Task, logits_of, to_device
+from secateurs.task import Task, logits_of
 from secateurs.training.batches import calibration_inputs
 from secateurs.training.order import mix
 

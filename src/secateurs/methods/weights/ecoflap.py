@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_map
 
 from secateurs.calibration.blocks import find_blocks, owner_of
 from secateurs.calibration.layerwise import LayerwisePruner, split
+from secateurs.devices import to_device
 from secateurs.errors import InputError, described, require
 from secateurs.method import Pruner
 from secateurs.methods.weights.magnitude import Magnitude
@@ -51,7 +52,7 @@ from secateurs.parts.saliency import BatchLoss
 from secateurs.registry import Paper, Tags, register
 from secateurs.settings import option
 from secateurs.structure.trace import traceable
-from secateurs.task import Task, batch_size, to_device
+from secateurs.task import Task, batch_size
 from secateurs.training.batches import calibration_inputs
 from secateurs.training.order import mix
 from secateurs.workspace import Workspace

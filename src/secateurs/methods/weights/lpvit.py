@@ -48,11 +48,12 @@ from torch import Tensor, nn
 
 from secateurs.calibration.layerwise import split
 from secateurs.deploy.energy import energy_model
+from secateurs.devices import device_of, to_device
 from secateurs.errors import InputError, described, require
 from secateurs.method import Pruner, masked_outcome
 from secateurs.outcome import Outcome, Promise
 from secateurs.parts.budgets import Budget
-from secateurs.parts.costs import count_macs, device_of
+from secateurs.parts.costs import count_macs
 from secateurs.parts.curves import (
     Curve,
     check_saving,
@@ -66,7 +67,7 @@ from secateurs.parts.masks import Masks, named_parameters
 from secateurs.parts.patterns import Block
 from secateurs.registry import Paper, Tags, register
 from secateurs.settings import option
-from secateurs.task import Task, batch_size, logits_of, to_device
+from secateurs.task import Task, batch_size, logits_of
 from secateurs.training.batches import calibration_inputs
 from secateurs.training.distillation import distilled
 from secateurs.training.loop import own_randomness

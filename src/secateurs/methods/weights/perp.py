@@ -40,6 +40,7 @@ from secateurs.calibration.blocks import find_blocks, is_norm, owner_of
 from secateurs.calibration.layerwise import LayerwisePruner, largest_unit, split
 from secateurs.calibration.moments import is_known
 from secateurs.calibration.walk import Visit, walk
+from secateurs.devices import device_of, to_device
 from secateurs.errors import DivergedError, InputError, described, require
 from secateurs.method import Pruner, masked_outcome
 from secateurs.outcome import Outcome
@@ -49,7 +50,7 @@ from secateurs.recovery import Recovery
 from secateurs.registry import Paper, Tags, create, register
 from secateurs.settings import TrainSettings, option
 from secateurs.state import model_state
-from secateurs.task import Task, to_device
+from secateurs.task import Task
 from secateurs.training import adapters as low_rank
 from secateurs.training.batches import calibration_inputs
 from secateurs.training.loop import fit_once, total_steps
@@ -351,7 +352,7 @@ class Perp(Pruner, Recovery):
     ) -> dict[str, Tensor]:
         """Prune and reconstruct the blocks of a model that is dense in them; all masks."""
         model = outcome.model
-        device = next(model.parameters()).device
+        device = device_of(model)
         inputs = calibration_inputs(task.training_loader(), self.samples, seed, task.unpack)
         batches = to_device(split(inputs, self.samples, self.batch), device)
         masks: dict[str, Tensor] = {}
