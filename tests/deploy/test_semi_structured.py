@@ -48,6 +48,7 @@ def test_a_model_that_is_not_2_of_4_is_refused():
         pack_semi_structured(nn.Sequential(nn.Linear(64, 64)))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_packed_model_gives_what_the_dense_one_gives():
     torch.manual_seed(0)

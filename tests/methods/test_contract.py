@@ -176,6 +176,7 @@ def test_it_goes_on_from_a_workspace(name, task, outcome, tmp_path):
         assert outcome.metrics_after == made.metrics_after
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_model_on_a_gpu_is_pruned_there(name, task, tmp_path):
     outcome = pruned(task, name, model=start(name, task).cuda(), with_latency=True)

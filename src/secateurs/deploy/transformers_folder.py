@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateurs.devices import device_of, to_device
 from secateurs.errors import InputError, described
 from secateurs.outcome import Outcome, check_output_folder
 from secateurs.structure.rewrite import same_outputs
@@ -80,7 +81,8 @@ def expressing(model: Any, changes: Sequence[tuple[int, int]], example_inputs: A
     Raises:
         InputError: there is none.
     """
-    args, kwargs = as_call(example_inputs)
+    device = device_of(model)
+    args, kwargs = as_call(to_device(example_inputs, device))
     with traceable(model), torch.no_grad():
         wanted = model(*args, **kwargs)
         difference = "no configuration was tried"
@@ -88,7 +90,7 @@ def expressing(model: Any, changes: Sequence[tuple[int, int]], example_inputs: A
             difference = _difference(model, config)
             if difference:
                 continue
-            other = type(model)(config).to(model.dtype).eval()
+            other = type(model)(config).to(device, model.dtype).eval()
             other.load_state_dict(model.state_dict())
             if same_outputs(other(*args, **kwargs), wanted, AGREE):
                 return config

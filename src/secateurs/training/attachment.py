@@ -73,6 +73,10 @@ class Attachment(MaskKeeper):
         """The sparsity that the budget asks for."""
         return 1 - self.keep / self.masks.total
 
+    def follow(self) -> None:
+        super().follow()
+        self.extra = to_device(self.extra, self.device)
+
     def before_step(self) -> None:
         self.method.before_step(self)
 

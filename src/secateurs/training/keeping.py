@@ -154,6 +154,8 @@ class MaskKeeper(StepHooks):
             self.masks.apply_to_state_(self.params, self.optimizer)
 
     def _gradients_are_ready(self) -> None:
+        if any(mask.device != self.params[name].device for name, mask in self.masks.items()):
+            self.follow()
         self.before_step()
         if self.gradients == "masked":
             self.masks.apply_to_gradients_(self.params)
@@ -164,6 +166,10 @@ class MaskKeeper(StepHooks):
         self.after_step()
         if self.optimizer_state == "zeroed":
             self.masks.apply_to_state_(self.params, self.optimizer)
+
+    def follow(self) -> None:
+        """Go where the weights went: a trainer may move the model after the hooks were hung."""
+        self.masks.update({n: m.to(self.params[n].device) for n, m in self.masks.items()})
 
     def after_step(self) -> None:
         """For subclasses: the step is made and removed weights are zero."""

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from secateurs.errors import InputError, require
@@ -235,7 +234,7 @@ def remove_smallest_overall(
 def active_scores(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """|w| of survivors and −1 for what is gone, so that it is never kept again."""
     return {
-        name: torch.where(mask, weights[name].abs(), weights[name].new_full((), -1.0))
+        name: weights[name].abs().masked_fill(~mask.to(weights[name].device), -1.0)
         for name, mask in masks.items()
     }
 

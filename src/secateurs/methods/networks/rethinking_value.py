@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from secateurs.devices import device_of
 from secateurs.errors import InputError, described, require
 from secateurs.method import Method, Procedure
 from secateurs.outcome import Outcome
@@ -201,7 +202,7 @@ class RethinkingValue(Procedure):
         for repeat in range(self.seeds):
             own = mix(seed, repeat) if repeat else seed
             place = work.child(f"seed-{repeat}")
-            start = model if repeat == 0 else task.fresh_model(own)
+            start = model if repeat == 0 else task.fresh_model(own).to(device_of(model))
             outcome = self._pruned(start, task, budget, own, place)
             rows += self._arms(outcome, task, own, repeat, place)
             first = first or outcome

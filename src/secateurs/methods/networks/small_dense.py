@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from secateurs.devices import device_of
 from secateurs.errors import InputError
 from secateurs.method import Procedure
 from secateurs.outcome import Outcome, Promise
@@ -91,7 +92,7 @@ class SmallDense(Procedure):
         resize = task.resize
         assert resize is not None
         width = width_for(resize, allowed)
-        small = seeded(lambda: resize(width), seed)
+        small = seeded(lambda: resize(width), seed).to(device_of(model))
         fit_once(small, task, task.training, seed=seed, work=work)
         parameters = sum(p.numel() for p in small.parameters())
         wider = next_size(resize, width, parameters)
