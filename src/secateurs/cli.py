@@ -343,7 +343,14 @@ track_option = click.option("--track", metavar="NAME", help="tensorboard, mlflow
 )
 @click.option("--finetune", multiple=True, metavar="KEY=VALUE", help="recovery: the same keys")
 @click.option("--label-smoothing", type=float, default=0.0, show_default=True, help="of the loss")
-@click.option("--recover/--no-recover", default=True, show_default=True, help="train afterwards")
+@click.option(
+    "--recover",
+    metavar="HOW",
+    default="usual",
+    show_default=True,
+    help="training afterwards: usual (what the method has), finetune, perp, none",
+)
+@click.option("--no-recover", is_flag=True, help="the same as --recover none")
 @click.option("--threads", type=int, help="threads of torch [default: of the machine]")
 @click.option("--latency/--no-latency", default=True, show_default=True, help="time the models")
 @click.option(
@@ -359,8 +366,6 @@ def prune(**values: Any) -> None:
 
     A model without trained weights is trained first where the method expects that.
     """
-    from dataclasses import replace
-
     from secateurs.runs.recipe import Recipe, stages_for
     from secateurs.runs.run import Run
     from secateurs.zoo.catalog import has_weights
@@ -375,11 +380,13 @@ def prune(**values: Any) -> None:
     fresh = not has_weights(values["model"])
     if values["base"] is not None:
         options["base"] = values["base"]
+    how = "none" if values["no_recover"] else values["recover"]
+    options["recover"] = True if how == "usual" else how
     stages = stages_for(values["method"], values["budget"], options, fresh=fresh)
     recipe = Recipe(
         model=values["model"],
         data=values["data"] or "noise",
-        stages=tuple(replace(s, recover=values["recover"]) for s in stages),
+        stages=tuple(stages),
         seed=values["seed"],
         batch_size=values["batch_size"],
         threads=values["threads"],

@@ -133,3 +133,14 @@ def test_the_demo_says_how_its_arms_are_trained() -> None:
     first = dict(task.fresh_model(0).named_parameters())["features.0.conv.weight"]
     assert f"{first.numel()} weights more" in matrix.about
     assert Matrix.parse(matrix.as_yaml()) == matrix
+
+
+def test_how_it_recovers_is_the_stage_s_own_in_a_matrix() -> None:
+    [stage] = stages_for("global-mp", "sparsity=0.9", {"recover": "perp"}, fresh=False)
+    assert (stage.recover, stage.options) == ("perp", {})
+    matrix = Matrix.parse(
+        "model: zoo:mlp\ndata: digits\nbudgets: [sparsity=0.5]\nbaselines: false\n"
+        "methods: [wanda, {method: wanda, recover: false}]\n"
+    )
+    assert [c.label for c in matrix.cells] == ["wanda", "wanda (recover=False)"]
+    assert [c.recipe.stages[-1].recover for c in matrix.cells] == [True, False]

@@ -113,7 +113,6 @@ class PQIMonitor:
 
     def record(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> float:
         """Add the index of these weights under these masks."""
-        masks = {n: m.to(weights[n].device) for n, m in masks.items()}
         alive = torch.cat([weights[n][m].reshape(-1) for n, m in masks.items()])
         self.history.append(float(pq_index(alive, self.p, self.q)))
         self.layers.append(

@@ -13,6 +13,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def save_pretrained(outcome: Outcome, folder: str | Path, example_inputs: Any) -
     dense = model.config
     try:
         model.config = config
-        model.save_pretrained(partial)
+        with _without_bars():
+            model.save_pretrained(partial)
         if target.exists():
             target.rmdir()
         os.replace(partial, target)
@@ -63,6 +65,20 @@ def save_pretrained(outcome: Outcome, folder: str | Path, example_inputs: Any) -
         model.config = dense
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars of transformers' own, for files that are written in an instant."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def size_changes(outcome: Outcome) -> list[tuple[int, int]]:

@@ -80,7 +80,8 @@ class Matrix:
 
     Attributes:
         tasks: recipes without stages: model, data and their settings.
-        methods: names, or mappings with ``method``, ``label`` and options.
+        methods: names, or mappings with ``method``, ``label``, options, and ``recover`` as a
+            stage has it.
         budgets: in the budget language.
         seeds: their number, or the seeds themselves.
         baselines: whether the three baselines are added.

@@ -247,11 +247,12 @@ def stages_for(method: str, budget: str, options: Mapping[str, Any], *, fresh: b
     """The stages of pruning by one method: trained first where the method expects it.
 
     Args:
-        options: of the method; ``base`` among them is the stage's own.
+        options: of the method; ``base`` and ``recover`` among them are the stage's own.
         fresh: whether the model comes without trained weights.
     """
-    own = {k: v for k, v in options.items() if k != "base"}
-    prune = Stage("prune", method, budget, own, base=str(options.get("base") or ""))
+    own = {k: v for k, v in options.items() if k not in ("base", "recover")}
+    base, recover = str(options.get("base") or ""), options.get("recover", True)
+    prune = Stage("prune", method, budget, own, recover, base=base)
     made = create(method, own)
     after_training = isinstance(made, Pruner) or "peft" in made.tags.values("recovery")
     if fresh and made.time != "PBT" and after_training:

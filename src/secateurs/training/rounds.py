@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from secateurs.errors import InputError, require
@@ -119,7 +120,8 @@ def train_masked(
     state = model_state(model)
     metrics = task.measure(model)
     evaluations = trained.history.evaluations
-    return Round(0, masks.clone(), metrics, evaluations, state, trained.optimizer)
+    # masks and weights of a round lie on the CPU, wherever the model is
+    return Round(0, masks.clone().to("cpu"), metrics, evaluations, state, trained.optimizer)
 
 
 def iterative_rounds(
@@ -234,7 +236,7 @@ def remove_smallest_overall(
 def active_scores(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """|w| of survivors and −1 for what is gone, so that it is never kept again."""
     return {
-        name: weights[name].abs().masked_fill(~mask.to(weights[name].device), -1.0)
+        name: torch.where(mask, weights[name].abs(), weights[name].new_full((), -1.0))
         for name, mask in masks.items()
     }
 
