@@ -257,3 +257,15 @@ def test_bad_input_is_refused():
         broken[1][0].up.weight[0, 0] = math.nan
     with pytest.raises(InputError, match=r"1\.0\.up.*NaN"):
         sc.prune(broken, "magnitude", "sparsity=0.5")
+
+
+def test_groups_of_n_m_run_along_the_inputs_of_a_layer_that_stores_its_transpose():
+    """GPT-2's layers are (inputs, outputs): 9 outputs are no obstacle, 9 inputs are."""
+    conv = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(*(nn.Sequential(conv(9, 8), nn.ReLU(), conv(8, 9)) for _ in range(2)))
+    outcome = sc.prune(model, "magnitude", "2:4", recover=False)
+    assert set(outcome.masks) == {"0.0.weight", "1.0.weight"}
+    for name, mask in outcome.masks.items():
+        inputs_last = mask.t().reshape(9, 2, 4)
+        assert bool((inputs_last.sum(-1) == 2).all()), name
+    assert any("left dense, 4 does not divide" in note for note in outcome.notes)

@@ -23,6 +23,7 @@ from secateurs.calibration.blocks import find_blocks, owner_of
 from secateurs.calibration.moments import (
     Moments,
     is_known,
+    outputs_first,
     weight_from_matrices,
     weight_matrices,
 )
@@ -128,7 +129,7 @@ class LayerwisePruner(Pruner):
     ) -> Outcome:
         """As `Pruner.prune`; `densities` by weight, of an allocation, instead of all the same."""
         params = self.prunable(model)
-        removals, notes = self.removals(params, budget, densities)
+        removals, notes = self.removals(outputs_first(model, params), budget, densities)
         if hidden := [name for name in self._inside(model) if name not in params]:
             notes.append(f"left dense, their inputs cannot be seen: {', '.join(hidden)}")
         masks, more = self.apply(model, removals, self.batches(task, seed), work=work)
@@ -167,6 +168,7 @@ class LayerwisePruner(Pruner):
         """What each weight comes down to, and notes on those that are left dense.
 
         Args:
+            params: weights by name, as `outputs_first` gives them.
             densities: by name, from an allocation; all the same by default.
         """
         pattern = parse_pattern(self.pattern)

@@ -16,7 +16,7 @@ solver in `secateurs.calibration.obs` gives the same weights for any multiple of
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -190,6 +190,12 @@ def weight_matrices(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
     weight = _weight(layer) if weight is None else weight
     matrix = weight.t() if _is_transposed(layer) else weight
     return matrix.reshape(_groups(layer), -1, _width(layer))
+
+
+def outputs_first(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as (outputs, inputs, ...): views of those that a layer stores transposed."""
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in params}
+    return {n: p.t() if _is_transposed(owners[n]) else p for n, p in params.items()}
 
 
 def weight_from_matrices(layer: nn.Module, matrices: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from secateurs.calibration.layerwise import LayerwisePruner, Removal
+from secateurs.calibration.moments import outputs_first
 from secateurs.calibration.shards import PROGRESS, Checkpoint, OnDisk
 from secateurs.errors import InputError, described, library, require
 from secateurs.method import Method
@@ -50,7 +51,8 @@ def prune_shards(
     require(bool(batches) or not needed, "batches", described("none"), "calibration inputs")
     checkpoint = Checkpoint(source)
     weights = OnDisk(empty_model(source), checkpoint, target)
-    removals, notes = chosen.removals(chosen.prunable(weights.model), parsed)
+    params = outputs_first(weights.model, chosen.prunable(weights.model))
+    removals, notes = chosen.removals(params, parsed)
     plan = {
         "method": chosen.name,
         "options": options_as_dict(chosen),

@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 
 from secateurs.calibration.blocks import find_blocks, is_norm, owner_of
 from secateurs.calibration.layerwise import LayerwisePruner, largest_unit, split
-from secateurs.calibration.moments import is_known
+from secateurs.calibration.moments import is_known, outputs_first
 from secateurs.calibration.walk import Visit, walk
 from secateurs.devices import device_of, to_device
 from secateurs.errors import DivergedError, InputError, described, require
@@ -335,7 +335,7 @@ class Perp(Pruner, Recovery):
         work: Workspace,
     ) -> Outcome:
         params = inner.prunable(model)
-        removals, notes = inner.removals(params, budget)
+        removals, notes = inner.removals(outputs_first(model, params), budget)
         outcome = Outcome(model, notes=notes)
         masks = self._reconstruct(
             outcome, lambda visit: inner.prune_block(visit, removals), task, seed, work
