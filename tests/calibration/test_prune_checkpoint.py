@@ -123,7 +123,12 @@ sc.prune_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), "wanda", "2:4", batche
 """
 
 
-@pytest.mark.parametrize("shards_before", [0, 1, 2, 3])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "shards_before", [0, pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW)]
+)
 def test_killed_at_any_block_it_goes_on_and_writes_the_same_bytes(dense, tmp_path, shards_before):
     sc.prune_checkpoint(dense, tmp_path / "whole", "wanda", "2:4", BATCHES)
     script = WORKER.format(batches=[b.tolist() for b in BATCHES])
