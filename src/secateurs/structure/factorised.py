@@ -1,0 +1,213 @@
+"""Two thin layers for a wide one: convolutions and linear layers of low rank, as real layers.
+
+    NC   kh x kw to r channels, then 1x1          VH   kh x 1 to r channels, then 1 x kw
+    ND   1x1 to r channels an output, then a kh x kw convolution in groups, an output each
+
+Stride, padding (its mode too), dilation and bias of the dense layer are kept: rows are the first
+layer's for VH and columns the second's, and for ND all are the second's. The r branches of ND, a
+pointwise and a depthwise convolution each, whose sum is taken, are these two layers with the
+branches side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from secateurs.errors import InputError, described
+from secateurs.parts.costs import evaluating, forward
+from secateurs.parts.low_rank import (
+    Mode,
+    RankPrice,
+    Spectrum,
+    full_rank,
+    kernel_shape,
+    weights_a_rank,
+)
+from secateurs.structure.substitution import Substitute
+
+Layer = nn.Conv2d | nn.Linear
+
+
+class Factorised(Substitute):
+    """`first`, then `second`, for a dense layer of low rank.
+
+    Args:
+        dense: the layer that it stands in for; ungrouped where it is a convolution.
+        mode: how its kernel is a matrix; NC for a linear layer.
+        rank: channels between the two; for ND, for every output.
+
+    Raises:
+        InputError: another layer, or a convolution with groups.
+    """
+
+    kind = "factorised"
+
+    def __init__(self, dense: nn.Module, mode: Mode, rank: int) -> None:
+        super().__init__()
+        self.mode, self.rank = mode, rank
+        self.first, self.second = _pair(dense, mode, rank)
+
+    @classmethod
+    def of(cls, dense: nn.Module, found: Spectrum, rank: int) -> Self:
+        """The dense layer cut to a rank of the decomposition of its weight."""
+        layer = cls(dense, found.mode, rank)
+        first, second = _arranged(found, rank)
+        with torch.no_grad():
+            layer.first.weight.copy_(first.reshape(layer.first.weight.shape))
+            layer.second.weight.copy_(second.reshape(layer.second.weight.shape))
+            if layer.second.bias is not None:
+                layer.second.bias.copy_(dense.bias)  # type: ignore[arg-type]
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the dense layer takes and gives."""
+        y: Tensor = self.second(self.first(x))
+        return y
+
+    def config(self) -> dict[str, Any]:
+        return {"mode": self.mode, "rank": self.rank}
+
+    @classmethod
+    def shaped(cls, dense: nn.Module, config: Mapping[str, Any]) -> Self:
+        return cls(dense, config["mode"], config["rank"])
+
+
+def _arranged(found: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
+    """Both weights, outputs first."""
+    first, second = found.factors(rank)
+    n, c, kh, kw = kernel_shape(found.shape)
+    if found.mode == "NC":
+        return second.reshape(rank, c, kh, kw), first.reshape(n, rank, 1, 1)
+    if found.mode == "VH":
+        left = first.reshape(c, kh, rank).permute(2, 0, 1)
+        return left, second.reshape(rank, n, kw).transpose(0, 1)
+    return first.mT.reshape(n * rank, c, 1, 1), second.reshape(n, rank, kh, kw)
+
+
+def _pair(dense: nn.Module, mode: Mode, rank: int) -> tuple[Layer, Layer]:
+    """The thin layers, their weights not set."""
+    if isinstance(dense, nn.Linear) and mode == "NC":
+        return (
+            _made(nn.Linear, dense, dense.in_features, rank, bias=False),
+            _made(nn.Linear, dense, rank, dense.out_features, bias=dense.bias is not None),
+        )
+    if not isinstance(dense, nn.Conv2d) or dense.groups > 1:
+        what = type(dense).__name__ + (" with groups" if isinstance(dense, nn.Conv2d) else "")
+        raise InputError(
+            "layer", described(f"{what}, mode {mode}"), "Conv2d without groups, or Linear as NC"
+        )
+    n, c, bias = dense.out_channels, dense.in_channels, dense.bias is not None
+    whole, point = _along(dense, (0, 1)), _along(dense, ())
+    rows, columns = _along(dense, (0,)), _along(dense, (1,))
+    first, second = {"NC": (whole, point), "VH": (rows, columns), "ND": (point, whole)}[mode]
+    branches = n if mode == "ND" else 1
+    return (
+        _made(nn.Conv2d, dense, c, branches * rank, **first, bias=False),
+        _made(nn.Conv2d, dense, branches * rank, n, **second, groups=branches, bias=bias),
+    )
+
+
+def _made(kind: type[Any], dense: nn.Module, *sizes: int, **options: Any) -> Any:
+    """A layer on the dense one's device that draws nothing from torch's generator."""
+    weight: Any = dense.weight
+    return skip_init(kind, *sizes, **options, device=weight.device, dtype=weight.dtype)
+
+
+def _along(dense: nn.Conv2d, sides: tuple[int, ...]) -> dict[str, Any]:
+    """The shape of a convolution along some sides of its kernel, and a point along the others."""
+    points = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
+
+    def along(name: str, point: int) -> Any:
+        value = getattr(dense, name)
+        if isinstance(value, str):
+            return value  # "same" and "valid" are what they say for every kernel
+        return tuple(value[side] if side in sides else point for side in (0, 1))
+
+    shape = {name: along(name, point) for name, point in points.items()}
+    return {**shape, "padding_mode": dense.padding_mode}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer that may be factorised, with how often its kernel is applied in one pass.
+
+    Attributes:
+        layer: the dense layer.
+        inputs, between, outputs: positions (samples times places) of what it is given, of rows
+            of outputs with columns of inputs, and of what it gives.
+    """
+
+    layer: Layer
+    inputs: int
+    between: int
+    outputs: int
+
+    def price(self, mode: Mode, counted: str) -> RankPrice:
+        """What a rank costs, in ``macs`` or ``params``."""
+        shape = kernel_shape(self.layer.weight.shape)
+        first, second = weights_a_rank(shape, mode)
+        if counted == "params":
+            return RankPrice(prod(shape), first + second, full_rank(shape, mode))
+        places = {
+            "NC": (self.outputs, self.outputs),
+            "VH": (self.between, self.outputs),
+            "ND": (self.inputs, self.outputs),
+        }[mode]
+        a_rank = first * places[0] + second * places[1]
+        return RankPrice(prod(shape) * self.outputs, a_rank, full_rank(shape, mode))
+
+
+def sites(model: nn.Module, example_inputs: Any) -> dict[str, Site]:
+    """Every ungrouped Conv2d and every Linear that a pass over the inputs calls, in that order.
+
+    Left out are layers whose weight another module has too, as neither could be exchanged alone,
+    and layers whose weight is read without calling them (the projection of attention).
+    """
+    counts: dict[str, list[int]] = {}
+    handles = []
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for name, module in model.named_modules():
+        if not name or not _can_be_factorised(module) or owners[id(module.weight)] > 1:
+            continue
+        handles.append(module.register_forward_hook(_counting(counts, name)))
+    try:
+        with evaluating(model), torch.no_grad():
+            forward(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: Site(model.get_submodule(name), *found)  # type: ignore[arg-type]
+        for name, found in counts.items()
+    }
+
+
+def _can_be_factorised(module: nn.Module) -> bool:
+    own = "weight" in module._parameters  # and not a parametrisation of others
+    return own and (
+        isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    )
+
+
+def _counting(counts: dict[str, list[int]], name: str) -> Any:
+    def note(module: Layer, args: tuple[Tensor, ...], output: Tensor) -> None:
+        n, c, *_ = module.weight.shape
+        inputs, outputs = args[0].numel() // c, output.numel() // n
+        between = outputs
+        if isinstance(module, nn.Conv2d):
+            between = outputs // output.shape[-1] * args[0].shape[-1]
+        found = counts.setdefault(name, [0, 0, 0])
+        for place, count in enumerate((inputs, between, outputs)):
+            found[place] += count
+
+    return note
