@@ -83,7 +83,9 @@ def test_what_is_lost_is_the_energy_of_what_is_dropped(mode):
     w, found = kernel(), spectrum(kernel(), mode)
     for rank in range(1, full_rank(SHAPE, mode) + 1):
         lost = (w - found.truncated(rank)).square().sum()
-        torch.testing.assert_close(lost, found.values[:, rank:].square().sum(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            lost, found.values[:, rank:].square().sum(), rtol=1e-9, atol=1e-9
+        )
     if mode == "ND":
         ranks = torch.tensor([1, 2, 3, 4, 1])
         own = (w - found.truncated(ranks)).square().sum((1, 2, 3))
@@ -197,7 +199,9 @@ def test_the_budget_pays_one_energy_share_and_what_still_fits(seed, share):
     assert found.cost == cost <= target
     assert all(found.by_name[n] >= r for n, r in brute_force(values, prices, target).items())
     nexts = [
-        prices[n].at(r + 1) - prices[n].at(r) for n, r in found.by_name.items() if r < prices[n].most
+        prices[n].at(r + 1) - prices[n].at(r)
+        for n, r in found.by_name.items()
+        if r < prices[n].most
     ]
     assert found.step == min(nexts, default=0)
     assert not nexts or target - cost < found.step
