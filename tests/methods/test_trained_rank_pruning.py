@@ -1,4 +1,4 @@
-"""Trained rank pruning: when it cuts, what it adds, what it leaves alone, what it costs at the end."""
+"""Trained rank pruning: when it cuts, what it adds, what it leaves alone, what it ends with."""
 
 from dataclasses import replace
 

@@ -167,13 +167,14 @@ class Site:
 def sites(model: nn.Module, example_inputs: Any) -> dict[str, Site]:
     """Every ungrouped Conv2d and every Linear that a pass over the inputs calls, in that order.
 
-    Left out are layers whose weight another module has too, as neither could be exchanged alone,
-    and layers whose weight is read without calling them (the projection of attention).
+    Left out are layers with a forward of their own, layers that the model has under two names or
+    whose weight another has too, as neither could be exchanged alone, and layers whose weight is
+    read without calling them (the projection of attention).
     """
     counts: dict[str, list[int]] = {}
     handles = []
     owners: dict[int, int] = {}
-    for module in model.modules():
+    for _, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for name, module in model.named_modules():
@@ -193,10 +194,12 @@ def sites(model: nn.Module, example_inputs: Any) -> dict[str, Site]:
 
 
 def _can_be_factorised(module: nn.Module) -> bool:
-    own = "weight" in module._parameters  # and not a parametrisation of others
-    return own and (
-        isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-    )
+    """Whether its class computes what torch's does, from a weight of its own, without groups."""
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        return False
+    kind = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
+    own = isinstance(module._parameters.get("weight"), nn.Parameter)
+    return own and type(module).forward is kind.forward and getattr(module, "groups", 1) == 1
 
 
 def _counting(counts: dict[str, list[int]], name: str) -> Any:
