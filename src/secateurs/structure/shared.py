@@ -478,14 +478,17 @@ def unshare(model: nn.Module) -> nn.Module:
     """A copy of the model with plain layers, which computes the same; tied weights stay tied."""
     dense = copy.deepcopy(model)
     weights: dict[tuple[int, int], nn.Parameter] = {}
+    plain: dict[int, nn.Module] = {}
     with torch.no_grad():
-        for path, layer in dense.named_modules(remove_duplicate=False):
+        for path, layer in list(dense.named_modules(remove_duplicate=False)):
             if not isinstance(layer, SharedLayer):
                 continue
             key = (layer.place.array, layer.place.offset)
             if key not in weights:
                 weights[key] = nn.Parameter(layer.weight.detach())
-            dense.set_submodule(path, layer.dense(weights[key]))
+            if id(layer) not in plain:
+                plain[id(layer)] = layer.dense(weights[key])
+            dense.set_submodule(path, plain[id(layer)])
     return dense
 
 
