@@ -214,6 +214,15 @@ def test_one_cut_touches_only_the_layers_of_low_rank():
     assert changed == {f"{n}.weight" for n in plan.sites}
 
 
+@pytest.mark.parametrize("mode", ["NC", "VH", "ND"])
+@pytest.mark.parametrize("budget", ["macs=0.5", "params=0.3"])
+def test_within_one_percent_where_layers_are_many(mode, budget):
+    task = make_task("zoo:resnet-20?width=0.5", "digits", training=sc.TrainSettings(steps=0))
+    promise = pruned(task, budget, mode=mode).promise
+    assert promise.kept
+    assert 0.99 * promise.asked <= promise.reached <= promise.asked
+
+
 def test_which_layers(task):
     def layers(model, inputs=task.example_inputs, **options):
         method = TrainedRankPruning(**options)

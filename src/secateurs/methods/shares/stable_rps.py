@@ -1,6 +1,32 @@
 """STABLE-RPS: at initialisation all weights are made to read from one small array, then trained.
 
-Paper: "In defense of parameter sharing for model-compression", ICLR 2024, arXiv 2310.11611.
+Paper: "In defense of parameter sharing for model-compression", ICLR 2024, arXiv 2310.11611; ROAST,
+which it makes stable, is arXiv 2207.10702. The n weights of linear layers, convolutions and
+embeddings are read from an array ψ of m < n numbers, uniform in (−σ₀, σ₀) at first:
+
+    W_l = λ_l · G_l ⊙ ψ[h],   λ_l = std(W_l at initialisation) / σ₀,   G signs
+    h(i) = (u(⌊i/m⌋) + i mod m) mod m          "random fold" over the locations i of all layers
+    ψ.grad ← ψ.grad / (γ + 1e-6),  γ_i = (Σλ)² / (n_i + 0.001)  over the n_i weights of slot i
+
+Biases start from zero and stay, as norms do. The fold is one to one at m = n, so nothing is lost
+there; the division makes a weight move by the mean of the gradients of its slot, whatever σ₀ is.
+It is hung on the optimizer (`secateurs.training.shared_gradients`) in every training that `prune`
+drives; who trains in a loop of their own calls `rescale_gradients(model, optimizer)`, or has ROAST.
+As updates are means, rates of about ten times the dense network's are wanted at high compression.
+
+What falls is what is stored: parameters, gradients, momenta. Multiplications do not, and gathering
+weights at every pass costs time: `tags` say so and so does a note in the outcome. ``params`` and
+``bytes`` count the array, biases, norms and buffers; ``density`` and ``sparsity`` are m / n.
+`secateurs.structure.shared.unshare` gives the plain network back.
+
+Where the public code differs: it draws the hash of slots anew for every module, and so the map is
+not one to one at m = n (``per_module=true``); it keeps slots and signs in memory, here they are
+computed (``cache=true``). A uniform array has the deviation σ₀/√3, so weights start with 1/√3 of
+theirs; that is kept, and ``exact_std=true`` undoes it. γ is that of the code, with its other modes
+v2 to v5; what the paper prints was not confirmed. Under Adam the division does nothing, and σ₀ is
+a learning rate.
+
+Measured in tests/replicas/test_stable_rps.py.
 """
 
 from __future__ import annotations
