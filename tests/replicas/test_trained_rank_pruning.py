@@ -1,4 +1,33 @@
-"""Trained rank pruning on the digits: what training at low rank is worth."""
+"""Trained rank pruning on the digits: what training at low rank is worth.
+
+Paper: arXiv 2004.14566, whose claim is that a network that was trained at low rank is factorised at
+no loss, where one that was not is destroyed. Convolutions of 24, 32 and 32 channels, of which the
+last two come to low rank; 10 epochs, 220 updates, fine-tuning of 4 epochs; means of 3 seeds, three
+minutes of one core. Accuracies, by the share of the multiply-accumulates that stays:
+
+                                          0.5               0.2
+    dense                                 0.990 ± 0.001
+    trained, a cut every 20 updates       0.987 ± 0.010     0.957 ± 0.008
+    trained, a cut every 5                0.991 ± 0.006     0.969 ± 0.010
+    the same, fine-tuned                  0.992 ± 0.005     0.976 ± 0.006
+    dense, cut to the same ranks          0.540 ± 0.217     0.110 ± 0.020
+    VH                                                      0.970 ± 0.008
+    ND, at 0.4                            0.983 ± 0.003
+    those thin layers from scratch                          0.973 ± 0.008
+    L1-norm channels, fine-tuned                            0.975 ± 0.003
+    random channels, fine-tuned                             0.945 ± 0.009
+    small dense, as many parameters                         0.963 ± 0.005
+
+    energy 0.9 at every update            0.977 ± 0.003 with 0.258 of the cost, a fifth of the ranks
+    the same, nuclear norm of 3e-4        0.978 ± 0.006 with the very same ranks
+    energy 0.9, every 20 updates          0.959 ± 0.011 with 0.328 of the cost
+
+The claim holds: the factorisation at 0.2 costs 0.007 (a cut every 20 updates), and without the cuts
+in training it costs nearly all. What the paper does not compare with does as well here: the thin
+layers themselves, trained from scratch, and pruned channels, fine-tuned. With a fixed energy
+the cut often prunes more and is more accurate than the rare one. The nuclear norm has no effect at
+this length.
+"""
 
 import pytest
 import torch
