@@ -37,7 +37,9 @@ def test_the_thin_layers_are_the_cut_convolution(name, mode):
             cut.weight.copy_(found.truncated(rank))
         layer = Factorised.of(dense, found, rank)
         torch.testing.assert_close(layer(x), cut(x), rtol=1e-10, atol=1e-10)
-    assert (layer.second.bias is None) == (dense.bias is None)
+    biases = sum(p.numel() for n, p in layer.named_parameters() if n.endswith("bias"))
+    assert biases == (0 if dense.bias is None else 6)
+    assert len(layer.branches) == (rank if mode == "ND" else 1)
 
 
 def test_a_linear_layer_is_two_of_them():
@@ -59,7 +61,7 @@ def test_a_price_is_what_is_counted(name, mode):
     assert params.dense == dense[0].weight.numel()
     for rank in (1, 2):
         thin = Factorised(dense[0], mode, rank)
-        weights = thin.first.weight.numel() + thin.second.weight.numel()
+        weights = sum(p.numel() for n, p in thin.named_parameters() if n.endswith("weight"))
         assert sum(count_macs(thin, x).values()) == rank * macs.a_rank
         assert weights == rank * params.a_rank
 
