@@ -68,11 +68,11 @@ def test_norms_and_their_statistics_stay():
 
 
 def test_one_hash_over_all_layers_is_one_to_one_and_a_hash_a_layer_is_not():
-    """The public code seeds the hash anew for every module: 12 % of the slots are then unused."""
+    """The public code seeds the hash anew for every module: 10 to 32 % of the slots are unused."""
     whole = loads(slots(shared("density=1")), 25_856)
     assert whole.unique().tolist() == [1]
     public = loads(slots(shared("density=1", per_module=True)), 25_856)
-    assert int((public == 0).sum()) > 0.02 * 25_856
+    assert int((public == 0).sum()) > 0.05 * 25_856
     assert int(public.max()) <= 3
     few = loads(slots(shared("density=0.1")), 2586)
     assert int(few.max() - few.min()) <= 1
@@ -94,7 +94,7 @@ def test_weights_start_with_the_deviation_of_the_given_ones(exact):
         dense = dict(unshare(outcome.model).named_parameters())
         for name, given in model.named_parameters():
             if name.endswith("weight"):
-                ratio = float(dense[name].std() / given.std())
+                ratio = float((dense[name].std() / given.std()).detach())
                 assert ratio == pytest.approx(1.0 if exact else 1 / math.sqrt(3), rel=0.05)
             else:
                 assert not dense[name].any()

@@ -4,8 +4,9 @@ Paper: arXiv 2310.11611, whose claims are that training does not depend on the s
 that nothing is lost at compression 1, and that shared parameters beat small networks and pruning at
 initialisation, more so the higher the compression. A perceptron of 64, 128, 128 and 10, 25,856
 weights, 10 epochs of SGD with momentum 0.9, means of 3 seeds, three minutes of one core. The dense
-network and the pruned ones are trained at a rate of 0.05, arrays at 0.5 (0.05 at compression 1);
-0.5 was chosen beforehand, from the card, and would make the dense network diverge (0.119). Measured:
+network and the pruned ones are trained at a rate of 0.05, arrays at 0.5 (0.05 at compression 1).
+The 0.5 is that of the card's trial, on the same held-out digits; the dense network diverges at it
+(0.119). Measured:
 
     compression            1                10               50               200
     dense                  0.987 ± 0.006
@@ -22,8 +23,8 @@ At 50 the pruned networks were also trained at 0.5: random 0.533, magnitude 0.13
 SynFlow 0.479. At 10, a rate of 0.05 and σ₀ = 0.001, 0.04 and 1 the array gives one accuracy, 0.928
 ± 0.020; undivided gradients diverge, diverge, and reach 0.761.
 
-The claims hold. What the fold does for compression 1 is not seen here: maps that leave a tenth to a
-third of the slots unused train as well. Tiles, with fewer collisions inside a layer, do as well at
+The claims hold. What the fold does for compression 1 is not seen here: maps that leave 10 to 37 %
+of the slots unused train as well. Tiles, with fewer collisions inside a layer, do as well at
 50. The card's gap of 0.3 to the best pruning at 50 is 0.10 to SynFlow, which this library's version
 (100 iterations) trains to 0.869 where the card's trial had 0.27; at 200 it is 0.45.
 """
@@ -112,8 +113,8 @@ def test_nothing_is_lost_at_compression_one(measured):
 
 def test_the_scale_of_the_array_is_of_no_matter(measured):
     arms = [measured[("fold", 10, initial, LOW)] for initial in INITIAL]
-    for one, two in zip(arms, arms[1:], strict=False):
-        assert one == pytest.approx(two, abs=5e-3)
+    for arm in arms[1:]:
+        assert arm == pytest.approx(arms[0], abs=5e-3)
     for initial in INITIAL:
         plain = measured.mean(("fold, no rescaling", 10, initial, LOW))
         assert plain <= measured.mean(("fold", 10, initial, LOW)) - 0.08

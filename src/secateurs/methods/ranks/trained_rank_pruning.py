@@ -34,7 +34,10 @@ only for ND; it passes over decompositions that fail, which here is an error. Co
 groups stay as they are. In networks without convolutions the linear layers but the last are taken.
 The 4 epochs of retraining that the code offers are ``recover="finetune"``.
 
-Measured in tests/replicas/test_trained_rank_pruning.py and benchmarks/low_rank.py.
+Measured on the digits (tests/replicas/test_trained_rank_pruning.py): 0.991 at half of the MACs and
+0.969 at a fifth, where the dense network has 0.990 and, cut to these ranks afterwards, 0.540 and
+0.110. VGG-16 at half of the MACs on one thread (benchmarks/low_rank.py): NC takes 0.73 of the dense
+time, VH 0.65, ND 1.6, as depthwise convolutions wait for memory.
 """
 
 from __future__ import annotations
