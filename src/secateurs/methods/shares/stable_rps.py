@@ -19,12 +19,12 @@ weights at every pass costs time: `tags` say so and so does a note in the outcom
 ``bytes`` count the array, biases, norms and buffers; ``density`` and ``sparsity`` are m / n.
 `secateurs.structure.shared.unshare` gives the plain network back.
 
-Where the public code differs: it draws the hash of slots anew for every module, and so the map is
-not one to one at m = n: 10 to 32 % of the slots are unused (``per_module=true``); it keeps slots and signs in memory, here they are
-computed (``cache=true``). A uniform array has the deviation σ₀/√3, so weights start with 1/√3 of
-theirs; that is kept, and ``exact_std=true`` undoes it. γ is that of the code, with its other modes
-v2 to v5; what the paper prints was not confirmed. Under Adam the division does nothing, and σ₀ is
-a learning rate.
+Where the public code differs: it draws the hash of slots anew for every module, so the map is not
+one to one at m = n, and 10 to 32 % of the slots stay unused (``per_module=true``); it keeps slots
+and signs in memory, here they are computed (``cache=true``). A uniform array has the deviation
+σ₀/√3, so weights start with 1/√3 of theirs; that is kept, and ``exact_std=true`` undoes it. γ is
+that of the code, with its other modes v2 to v5; what the paper prints was not confirmed. Under Adam
+the division does nothing, and σ₀ is a learning rate.
 
 Measured on the digits (tests/replicas/test_stable_rps.py): at a 50th of the weights 0.967, where
 SynFlow has 0.869 and a small dense network 0.931; at a 200th 0.899, 0.444 and 0.316; dense 0.987.
