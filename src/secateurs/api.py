@@ -288,12 +288,25 @@ def _check_needs(
 @torch.no_grad()
 def _give_back(model: nn.Module, before: nn.Module) -> None:
     """Weights, sizes and modes of a model as they were; what was not resized is the same object."""
+    _put_layers_back(model, before)
     for module, original in zip(model.modules(), before.modules(), strict=True):
         for attribute, value in vars(original).items():
             if not attribute.startswith("_") and isinstance(value, int | tuple):  # bools, too
                 setattr(module, attribute, value)
         _put_back(module._parameters, original._parameters)
         _put_back(module._buffers, original._buffers)
+
+
+def _put_layers_back(model: nn.Module, before: nn.Module) -> None:
+    """Undo the exchange of layers: a layer of another class is replaced by the one before."""
+    for name in [name for name in model._modules if name not in before._modules]:
+        del model._modules[name]
+    for name, original in before._modules.items():
+        present = model._modules.get(name)
+        if present is None or original is None or type(present) is not type(original):
+            model._modules[name] = original
+        else:
+            _put_layers_back(present, original)
 
 
 def _put_back(own: dict[str, Any], old: dict[str, Any]) -> None:

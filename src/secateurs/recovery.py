@@ -21,6 +21,7 @@ from secateurs.settings import TrainSettings
 from secateurs.task import Task
 from secateurs.training.keeping import MaskKeeper
 from secateurs.training.loop import fit_once
+from secateurs.training.shared_gradients import rescale_gradients
 from secateurs.workspace import Workspace
 
 
@@ -71,7 +72,10 @@ def finetune(
     work: Workspace | None = None,
     name: str = "finetune",
 ) -> None:
-    """Train the outcome's model with its masks kept, in place."""
+    """Train the outcome's model with its masks kept, in place.
+
+    Gradients of arrays that its weights share are rescaled.
+    """
     fit_once(
         outcome.model,
         task,
@@ -79,7 +83,10 @@ def finetune(
         seed=seed,
         work=work,
         name=name,
-        attach=lambda net, optimizer, _: [MaskKeeper(net, optimizer, outcome.masks)],
+        attach=lambda net, optimizer, _: [
+            MaskKeeper(net, optimizer, outcome.masks),
+            *rescale_gradients(net, optimizer),
+        ],
     )
 
 

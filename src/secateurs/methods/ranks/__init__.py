@@ -1,0 +1,1 @@
+"""Methods that remove ranks: singular directions of kernels and matrices."""
