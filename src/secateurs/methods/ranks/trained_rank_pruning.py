@@ -49,6 +49,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from secateurs.devices import to_device
 from secateurs.errors import DivergedError, InputError, described, require
 from secateurs.method import Procedure
 from secateurs.outcome import Outcome, Promise
@@ -68,7 +69,7 @@ from secateurs.settings import option
 from secateurs.state import Tree
 from secateurs.structure.factorised import Factorised, Site, sites
 from secateurs.structure.substitution import substitute
-from secateurs.task import Task, to_device
+from secateurs.task import Task
 from secateurs.training.keeping import StepHooks
 from secateurs.training.loop import fit_once
 from secateurs.training.order import steps_per_epoch
