@@ -1,4 +1,29 @@
-"""LAPP on the digits."""
+"""LAPP on the digits: what learned thresholds and a bypass are worth.
+
+Paper: arXiv 2309.14157, whose abstract claims ResNet-20 at 40 % of its cost without a loss. A
+stem of 16 and three layers of 16, 32 and 32 filters, 14 epochs, pruned in the first 8, means of 3
+seeds, 2 minutes 15 of one core. All costs are real multiply-accumulates, bypasses and stem
+included, and every arm meets its share:
+
+    share of the MACs                   0.3               0.12
+    dense (1.0)                         0.993 ± 0.003
+    LAPP, bypass                        0.983 ± 0.003     0.938 ± 0.011
+    its filters without the bypass      0.884 ± 0.001     0.468 ± 0.106
+    LAPP, no bypass                     0.985 ± 0.003     0.974 ± 0.010
+    random filters at the start         0.987 ± 0.002     0.973 ± 0.006
+    L1 filters at the start             0.987 ± 0.005     0.973 ± 0.006
+    a uniformly narrower network        0.979 ± 0.005     0.954 ± 0.008
+    spent at the freeze: bypass         0.365 ± 0.082     0.296 ± 0.110
+    spent at the freeze: no bypass      0.313 ± 0.009     0.147 ± 0.029
+
+What holds: layers keep very different shares (of 16, 32 and 32 filters 5, 1 and 18 at 0.3), and a
+bypass carries a layer of a single filter. What does not: at equal cost the bypass is no gain. With
+it the cost falls in proportion to the filters, without it with their square, so that it has to
+give up far more of them. (The card's trial counted both with full inputs, where the network
+without a bypass collapses; that is the third row.) Nor do learned thresholds beat random filters
+here: the digits are too easy. Against the pull of the task the thresholds of the bypass do not
+come down to the smallest budgets by themselves; the projection at the freeze does the rest.
+"""
 
 import pytest
 
@@ -67,7 +92,6 @@ def measured(task, tables):
             ).fresh_model(seed)
             sc.fit(bare, task, task.training, seed=seed)
             table.add(("the same filters, no bypass", share), task, bare)
-    print(kept)
     return table, kept
 
 
@@ -90,7 +114,7 @@ def test_a_bypass_carries_a_layer_of_hardly_any_filters(measured):
 
 
 def test_at_equal_cost_it_is_no_better_than_narrower_layers(measured):
-    """Against the card, which counted both at their full inputs."""
+    """Against the card, which counted both with full inputs."""
     table, _ = measured
     for share, margin in ((0.3, 0.015), (0.12, 0.06)):
         bypass, plain = table.mean(("bypass", share)), table.mean(("no bypass", share))

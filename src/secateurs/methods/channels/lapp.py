@@ -28,7 +28,11 @@ Only the abstract could be read: equations and defaults are those of our card. O
  - The thresholds are not averaged over processes, and gradients must not be scaled (fp16).
  - Where a model without bypass has to be handed back as a graph, momenta are not kept.
 
-MEASURED
+Measured on the digits (tests/replicas/test_lapp.py): at 30 % of the MACs 0.983 with and 0.985
+without a bypass, dense 0.993; at 12 % 0.938 and 0.974. At equal real cost the bypass is no gain,
+as the cost then falls in proportion to the filters and not with their square; random filters,
+removed before the training, are as good as learned ones there. What the bypass does is to carry
+layers of one or two filters: the same filters without it reach 0.468 at 12 %.
 """
 
 from __future__ import annotations
