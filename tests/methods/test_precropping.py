@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -72,9 +73,15 @@ def task_of(make, **training):
     return sc.classification(make, loader, loader, training=settings)
 
 
-def planned(make, budget, seed=0, task=None, **options):
+@cache
+def structure_of(make, seed=0):
+    """Planning leaves it as it is."""
     torch.manual_seed(seed)
-    structure = sc.axes(make(), torch.randn(1, 1, 8, 8))
+    return sc.axes(make(), torch.randn(1, 1, 8, 8))
+
+
+def planned(make, budget, seed=0, task=None, **options):
+    structure = structure_of(make, seed)
     method = PreCropping(**options)
     return structure, method.plan(structure, method.accept(budget), task, seed=seed)
 
@@ -84,8 +91,15 @@ def value(structure, plan):
     return sum(math.log(p) for p in plan.densities.values())
 
 
-@pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("budget", ["macs=0.3", "params=0.2", "params=0.6"])
+@pytest.mark.parametrize(
+    ("make", "budget"),
+    [
+        (make_conv, "params=0.6"),
+        (make_residual, "macs=0.3"),
+        (Separable, "params=0.2"),
+        (Concatenated, "macs=0.3"),
+    ],
+)
 def test_the_network_costs_what_the_plan_says_and_never_more_than_asked(make, budget):
     task = task_of(make)
     structure, plan = planned(make, budget)
@@ -117,17 +131,15 @@ def test_a_limit_of_everything_changes_no_width(make):
     assert plan.step is None
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.floats(0.03, 0.9), st.floats(1.0, 1.5))
 def test_a_larger_budget_never_has_less(share, factor):
     """Before rounding; every axis lies on two layers."""
     small, large = (
-        PreCropping().plan(CONV, Budget("params", s)) for s in (share, min(1, share * factor))
+        PreCropping().plan(structure_of(make_conv), Budget("params", s))
+        for s in (share, min(1, share * factor))
     )
     assert np.log(large.factors).sum() >= np.log(small.factors).sum() - 1e-6
-
-
-CONV = Structure(trace(make_conv(), torch.randn(1, 1, 8, 8)))
 
 
 def test_the_plan_needs_no_weights_no_data_and_no_seed():
@@ -185,7 +197,7 @@ def test_two_limits_hold_at_once():
     assert any("params=0.9 is not used up: macs=0.2 holds" in n for n in outcome.notes)
 
 
-@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("make", MAKERS[1:3])
 def test_preconfig_widens_at_equal_cost_and_is_loaded_again(make, tmp_path):
     task = task_of(make, steps=4)
     outcome = sc.prune(
@@ -223,7 +235,7 @@ def test_roots_of_densities_meet_the_budget_too(make, budget):
 
 
 def test_roots_respect_every_layers_density_before_what_is_left_is_spent():
-    structure, plan = planned(make_conv, "params=0.3", coupling="sqrt")
+    _, plan = planned(make_conv, "params=0.3", coupling="sqrt")
     r = dict(zip([g.name for g in plan.groups], plan.factors, strict=True))
     first, second, third = r.values()
     made = (first, first * second, second * third, third)
@@ -234,7 +246,9 @@ def test_roots_respect_every_layers_density_before_what_is_left_is_spent():
 @pytest.mark.parametrize("source", ["synflow", "snip", "grasp"])
 def test_densities_of_masks_become_widths(source):
     task = task_of(make_conv)
-    _, plan = planned(make_conv, "params=0.4", task=task, density_source=source, iterations=5)
+    structure, plan = planned(
+        make_conv, "params=0.4", task=task, density_source=source, iterations=5
+    )
     twin = make_conv_of(0)
     masks = sc.prune(
         twin, "one-shot", "density=0.4", task, saliency=source, recover=False,
@@ -242,8 +256,8 @@ def test_densities_of_masks_become_widths(source):
     ).masks  # fmt: skip
     for name, aim in plan.aims.items():
         assert aim == pytest.approx(max(float(masks[name].double().mean()), 1e-9), abs=1e-6)
-    assert plan.cost <= 0.4 * CONV.parameters()
-    assert 0.4 * CONV.parameters() - plan.cost < plan.step
+    allowed = 0.4 * structure.parameters()
+    assert allowed - plan.step < plan.cost <= allowed
 
 
 def make_conv_of(seed):
@@ -254,7 +268,7 @@ def make_conv_of(seed):
 def test_synflow_must_be_iterated():
     """At 1 % one round empties layers, a hundred do not (check 11)."""
     torch.manual_seed(0)
-    model = convnet((1, 8, 8), 10, config=(16, 16, "M", 32, 32, "M", 64, 64))
+    model = convnet((1, 8, 8), 10, config=(16, 16, "M", 32, 32))
     task = task_of(lambda: model)
 
     def empty(rounds):

@@ -379,9 +379,7 @@ def test_log_densities_under_two_limits():
     assert multipliers[1] == 0
 
 
-@given(
-    st.lists(st.floats(1, 1e4), min_size=1, max_size=8), st.floats(0.01, 1), st.floats(0.5, 50)
-)
+@given(st.lists(st.floats(1, 1e4), min_size=1, max_size=8), st.floats(0.01, 1), st.floats(0.5, 50))
 def test_log_densities_spend_the_limit_whatever_the_unit(cost, share, scale):
     limit = share * sum(cost)
     found, _ = fill_log_densities([cost], [limit])

@@ -1,6 +1,6 @@
 """Widths under limits: closed forms, certificates, rounding against brute force."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -66,7 +66,7 @@ def chain(sizes):
     """Weights of layers between widths, in units; the first and the last are fixed."""
     inner = len(sizes) - 2
     terms, gains = {}, np.zeros(inner)
-    for place, (left, right) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for place, (left, right) in enumerate(pairwise(sizes)):
         ends = tuple(v for v in (place - 1, place) if 0 <= v < inner)
         fixed = (left if place == 0 else 1) * (right if place == inner else 1)
         terms[ends] = terms.get(ends, 0) + fixed

@@ -70,7 +70,7 @@ def test_layers_and_their_places():
     structure = sc.axes(model, torch.randn(1, 3, 8, 8))
     found = structure.trace
     layers = weighted_layers(found)
-    assert list(layers)[0] == "conv"
+    assert next(iter(layers)) == "conv"
     assert len(layers) == 10
     assert [p for p, n in layers.items() if is_stem(found, n)] == ["conv"]
     shortcuts = [p for p, n in layers.items() if is_projection(n)]
