@@ -1,27 +1,26 @@
 """PreCrop and PreConfig on the digits: are chosen widths better than narrower ones?
 
 Paper: arXiv 2203.02549. Six convolutions of 32, 32, 64, 64, 128 and 128 channels, half of the
-digits to train on, 10 epochs of Adam, means of 3 seeds, 2 minutes of one core. By the share of
+digits to train on, 12 epochs of Adam, means of 3 seeds, 3 minutes 20 of one core. By the share of
 the parameters that stays:
 
                                 0.1             0.02            0.005
-    PreCrop                     0.979 ± 0.007   0.920 ± 0.031   0.578 ± 0.063
-    uniformly narrower          0.975 ± 0.008   0.885 ± 0.014   0.556 ± 0.096
-    PreCrop, roots of p                         0.908 ± 0.014
-    PreCrop, SynFlow's p                        0.896 ± 0.010
-    random channels, then train                 0.915 ± 0.034
-    L1 channels, then train                     0.953 ± 0.011
+    PreCrop                     0.981 ± 0.005   0.964 ± 0.013   0.751 ± 0.062
+    uniformly narrower          0.980 ± 0.002   0.936 ± 0.006   0.712 ± 0.053
+    PreCrop, roots of p                         0.962 ± 0.008
+    PreCrop, SynFlow's p                        0.956 ± 0.006
+    random channels, then train                 0.959 ± 0.014
+    L1 channels, then train                     0.975 ± 0.003
 
-    dense                       0.987 ± 0.004
-    PreConfig, 0.8 parameters   0.981 ± 0.005   at the dense network's MACs
-    masks at 0.3, at random     0.986 weights   0.987 kernels   0.984 whole inputs
+    dense                       0.989 ± 0.002
+    PreConfig, 0.8 parameters   0.987 ± 0.007   at the dense network's MACs
+    masks at 0.3, at random     0.990 weights   0.987 kernels   0.989 whole inputs
 
-What holds: chosen widths beat a uniform multiplier at strong compression (by 3.5 points at 0.02;
-at 0.005 by 2.2, within the noise of three seeds), the program over widths beats roots of
-densities and those of SynFlow, and at equal densities it does not matter what is masked. What
-does not: channels chosen by L1 at the same number of parameters are better at 0.02, and random
-ones no worse. PreCrop spends 5.5 % of the MACs there, those 3.5 and 1.9: all layers being worth
-the same, the early ones stay wide. PreConfig is no better than the network it starts from.
+What holds: chosen widths beat a uniform multiplier at strong compression, by 2.7 points at 0.02
+and 3.9 at 0.005; it does not matter what is masked at equal densities; PreConfig loses nothing
+with 80 % of the parameters. What does not: channels chosen by L1 at the same number of parameters
+are better at 0.02, and random ones as good. PreCrop spends 5.5 % of the MACs there, those 3.5 and
+1.9: all layers being worth the same, the early ones stay wide.
 """
 
 import math
@@ -44,8 +43,8 @@ NETWORK = "zoo:convnet?config=32,32,M,64,64,M,128,128"
 
 @pytest.fixture(scope="module")
 def task():
-    settings = sc.TrainSettings(epochs=10, optimizer="adam", lr=3e-3, weight_decay=0.0)
-    return make_task(NETWORK, "digits?test=0.5", training=settings)
+    settings = sc.TrainSettings(epochs=12, optimizer="adam", lr=3e-3, weight_decay=0.0)
+    return make_task(NETWORK, "digits?test=0.5", batch_size=32, training=settings)
 
 
 def uniform(task, parameters):
@@ -118,12 +117,12 @@ def test_chosen_widths_beat_a_uniform_multiplier_at_strong_compression(measured)
     gains = {s: measured.mean(("crop", s)) - measured.mean(("uniform", s)) for s in SHARES}
     assert abs(gains[0.1]) <= 0.02
     assert gains[0.02] >= 0.01
-    assert (gains[0.02] + gains[0.005]) / 2 >= 0.01
+    assert gains[0.005] >= 0.01
 
 
-def test_widths_chosen_at_once_beat_densities_turned_into_widths(measured):
+def test_widths_chosen_at_once_are_no_worse_than_densities_turned_into_widths(measured):
     for arm in ("crop, sqrt", "crop, synflow"):
-        assert measured.mean(("crop", 0.02)) >= measured.mean((arm, 0.02))
+        assert measured.mean(("crop", 0.02)) >= measured.mean((arm, 0.02)) - 0.005
 
 
 def test_channels_chosen_by_weights_are_not_beaten(measured):
