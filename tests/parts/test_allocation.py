@@ -16,6 +16,7 @@ from secateurs.parts.allocation import (
     allocate_counts,
     counts_from_densities,
     densities,
+    fill_log_densities,
     kept_shares,
     lamp_scores,
     largest_by_name,
@@ -339,3 +340,67 @@ def test_lamp_keeps_what_is_gone_last():
 def test_shares_of_the_global_cut():
     scores = {"a": torch.tensor([[1.0, 2.0, 3.0]]), "b": torch.arange(4.0, 11.0).reshape(1, 7)}
     assert kept_shares(scores, 5) == {"a": 0.0, "b": 5 / 7}
+
+
+ALPHA = (100.0, 400.0, 1600.0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected", "objective"),
+    [
+        (600, (1, 0.625, 0.15625), -2.32630),
+        (30, (0.1, 0.025, 0.00625), None),
+        (2100, (1, 1, 1), 0.0),
+    ],
+)
+def test_log_densities_under_one_limit(limit, expected, objective):
+    found, multipliers = fill_log_densities([ALPHA], [limit])
+    assert found == pytest.approx(expected)
+    assert len(multipliers) == 1
+    if objective is not None:
+        assert sum(math.log(p) for p in found) == pytest.approx(objective, abs=1e-5)
+
+
+def test_log_densities_without_a_cap():
+    found, _ = fill_log_densities([ALPHA], [600], cap=math.inf)
+    assert found == pytest.approx((2, 0.5, 0.125))
+    assert sum(math.log(p) for p in found) == pytest.approx(-2.07944, abs=1e-5)
+
+
+def test_log_densities_under_two_limits():
+    beta = (6400.0, 6400.0, 1600.0)
+    found, multipliers = fill_log_densities([ALPHA, beta], [600, 4000])
+    assert found == pytest.approx((0.29455, 0.25739, 0.29224), abs=1e-5)
+    assert min(multipliers) > 0
+    for cost, limit in ((ALPHA, 600), (beta, 4000)):
+        assert sum(a * p for a, p in zip(cost, found, strict=True)) == pytest.approx(limit)
+    slack, multipliers = fill_log_densities([ALPHA, beta], [600, 1e9])
+    assert slack == pytest.approx((1, 0.625, 0.15625))
+    assert multipliers[1] == 0
+
+
+@given(st.lists(st.floats(1, 1e4), min_size=1, max_size=8), st.floats(0.01, 1), st.floats(0.5, 50))
+def test_log_densities_spend_the_limit_whatever_the_unit(cost, share, scale):
+    limit = share * sum(cost)
+    found, _ = fill_log_densities([cost], [limit])
+    assert sum(a * p for a, p in zip(cost, found, strict=True)) == pytest.approx(limit)
+    again, _ = fill_log_densities([[scale * a for a in cost]], [scale * limit])
+    assert again == pytest.approx(found)
+    kept = [a * p for a, p in zip(cost, found, strict=True) if p < 1 - 1e-9]
+    assert not kept or max(kept) == pytest.approx(min(kept)), "all that are not full keep as much"
+
+
+@pytest.mark.parametrize(
+    ("costs", "limits", "cap"),
+    [
+        ([ALPHA], [0.0], 1.0),
+        ([(1.0, 0.0)], [1.0], 1.0),
+        ([ALPHA], [], 1.0),
+        ([ALPHA] * 3, [1.0] * 3, 1.0),
+        ([ALPHA], [10.0], 0.0),
+        ([ALPHA], [10.0, 20.0], 1.0),
+    ],
+)
+def test_bad_limits_of_log_densities_are_refused(costs, limits, cap):
+    with pytest.raises(InputError):
+        fill_log_densities(costs, limits, cap)

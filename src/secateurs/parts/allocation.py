@@ -8,10 +8,11 @@ that look at scores (global, LAMP, ratios of SNIP or GraSP) or are given (explic
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import ceil, prod
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -278,6 +279,60 @@ def water_fill(
     else:
         kept = _filled(scores, size, floor, keep)
     return {n: 1 - kept[n] / size[n] for n in size}
+
+
+def fill_log_densities(
+    costs: Sequence[Sequence[float]], limits: Sequence[float], cap: float = 1.0
+) -> tuple[list[float], list[float]]:
+    """Densities of largest Σ log p within one or two limits Σ_l cost_l · p_l ≤ limit.
+
+    p_l = min(cap, 1 / Σ_k μ_k cost_kl), multipliers μ ≥ 0: under one limit, tensors that are not
+    full keep the same amount 1/μ each, whatever their size.
+
+    Args:
+        costs: by limit, of every tensor when whole, above 0.
+        cap: largest density; infinity for none.
+
+    Returns:
+        The densities, and the multiplier of every limit (0 where it is slack).
+
+    Raises:
+        InputError: none or more than two limits, a limit or cost that is not above 0.
+
+    Source: arXiv 2203.02549, equation of SynExp.
+    """
+    require(len(limits) in (1, 2), "limits", list(limits), "one or two")
+    require(len(costs) == len(limits), "costs", len(costs), f"costs for {len(limits)} limits")
+    cost = np.array(costs, dtype=float)
+    for value in (*cost.ravel().tolist(), *limits):
+        require(0 < value < float("inf"), "costs and limits", value, "finite numbers above 0")
+    require(cap > 0, "cap", cap, "above 0")
+
+    def shares(multipliers: Sequence[float]) -> np.ndarray:
+        price = np.array(multipliers) @ cost
+        with np.errstate(divide="ignore"):
+            return np.minimum(cap, 1 / price)
+
+    def least(number: int, others: Callable[[float], list[float]]) -> list[float]:
+        """The multipliers with the smallest own one under which a limit holds."""
+
+        def spent(own: float) -> float:
+            return float(cost[number] @ shares(others(own)))
+
+        if spent(0.0) <= limits[number]:
+            return others(0.0)
+        # 1/(μ cost) alone spends a unit of 1/μ per tensor
+        low, high = 0.0, cost.shape[1] / limits[number]
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if spent(middle) > limits[number] else (low, middle)
+        return others(high)
+
+    if len(limits) == 1:
+        multipliers = least(0, lambda own: [own])
+    else:
+        multipliers = least(1, lambda second: least(0, lambda first: [first, second]))
+    return shares(multipliers).tolist(), multipliers
 
 
 def default_cap(sparsity: float) -> float:

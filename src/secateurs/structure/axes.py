@@ -11,9 +11,9 @@ each axis, evaluated from the traced dimensions without running anything.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
@@ -103,6 +103,10 @@ class Structure(Mapping[str, Group]):
         """Parameters that lie on at least one free axis."""
         free = {group.axis for group in self.free}
         return self.parameters() - self.parameters(lambda a: 0 if a in free else a.size)
+
+    def cost_dims(self, kind: Literal["params", "macs"]) -> Sequence[Dim]:
+        """The dimensions whose sizes add up to a cost: of parameters, or of operations."""
+        return self._parameters if kind == "params" else self._macs
 
     def macs(self, counts: Counts | None = None) -> int:
         """Multiply-accumulates for the example inputs, likewise."""

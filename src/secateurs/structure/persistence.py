@@ -20,7 +20,7 @@ from secateurs.structure.axes import Structure
 from secateurs.structure.dimensions import Axis, Kept, shortened_size, size_of
 from secateurs.structure.rules import flat
 from secateurs.structure.substitution import FORM, resubstitute
-from secateurs.structure.surgery import Shortened, apply_edits, shorten, slice_tensor
+from secateurs.structure.surgery import Shortened, apply_edits, resize, shorten, slice_tensor
 from secateurs.structure.trace import named_tensors, trace
 
 Plan = dict[str, Any]
@@ -44,7 +44,7 @@ def plan_of(structure: Structure, kept: Kept, made: Shortened) -> Plan:
     """What `rebuild` needs: form, kept units by axis, and how tensors and attributes changed."""
     names = {g.axis: g.name for g in structure.values()}
     # an axis may be chosen whole: nothing to be said of it
-    kept = {a: units for a, units in kept.items() if len(units) < a.size}
+    kept = {a: units for a, units in kept.items() if len(units) != a.size}
     found = structure.trace
     return {
         "form": made.form,
@@ -113,6 +113,8 @@ def _rebuild_graph(model: nn.Module, plan: Plan) -> nn.Module:
     found = trace(model, tuple(args) if args else kwargs)
     structure = Structure(found)
     kept = {structure[name].axis: units for name, units in plan["axes"].items()}
+    if any(len(units) > axis.size for axis, units in kept.items()):
+        return resize(found, {axis: len(units) for axis, units in kept.items()}).model
     return shorten(found, kept, check=False).model
 
 

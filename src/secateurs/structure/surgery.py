@@ -83,6 +83,30 @@ def shorten(
     """
     units = _checked(kept)
     expected = expected_outputs(found, units) if check else None
+    return _restoring(found, units, expected, any_batch)
+
+
+def resize(found: Trace, counts: Mapping[Axis, int], *, any_batch: bool = True) -> Shortened:
+    """Give axes of the traced model other sizes, larger ones too.
+
+    The first units stay. An axis that becomes longer repeats its units from the first, so that
+    all tensors have the new sizes; their values are to be drawn anew. What the module computes
+    is compared with the rewritten graph, as ever; no oracle knows what added units should do.
+
+    Raises:
+        InputError: an axis that is frozen, or a size below 1. On this and any other error the
+            model is as it was.
+    """
+    for axis, count in counts.items():
+        require(count >= 1, "counts", count, "at least 1 unit")
+        if axis.frozen is not None and count != axis.size:
+            raise InputError("counts", described(f"a frozen axis ({axis.frozen})"), "free axes")
+    units = {a: np.arange(n) % a.size for a, n in counts.items() if n != a.size}
+    return _restoring(found, units, None, any_batch)
+
+
+def _restoring(found: Trace, units: Kept, expected: Any, any_batch: bool) -> Shortened:
+    """`_shortened`, the model being given its weights back on an error."""
     old = {name: (tensor.data, tensor.grad) for name, tensor in current_tensors(found).items()}
     try:
         dense = {n: data for n, (data, _) in old.items()} if any_batch else None
@@ -167,7 +191,7 @@ def _slices(found: Trace, units: Kept) -> dict[str, dict[int, list[int]]]:
     for name, dims in found.tensors.items():
         for place, dim in enumerate(dims):
             indices = kept_indices(dim, units)
-            if len(indices) != math.prod(a.size for a in dim):
+            if not np.array_equal(indices, np.arange(math.prod(a.size for a in dim))):
                 slices.setdefault(name, {})[place] = indices.tolist()
     return slices
 

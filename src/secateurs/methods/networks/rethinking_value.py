@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from secateurs.devices import device_of
-from secateurs.errors import InputError, described, require
+from secateurs.errors import require
 from secateurs.method import Method, Procedure
 from secateurs.outcome import Outcome
 from secateurs.parts.budgets import Budget
@@ -41,6 +41,7 @@ from secateurs.parts.prunable import prunable_parameters
 from secateurs.registry import Paper, Tags, create, register
 from secateurs.settings import TrainSettings, option
 from secateurs.task import Task
+from secateurs.training.fresh import draw_like, drawn_by, reset_layers
 from secateurs.training.loop import total_steps
 from secateurs.training.order import mix
 from secateurs.training.rounds import train_masked
@@ -98,53 +99,16 @@ def reinitialize(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if drawn is None:
-            _reset_layers(model)
+            for layer in reset_layers(model):
+                if isinstance(layer, nn.modules.conv._ConvNd):
+                    fan_out = layer.weight.numel() // layer.weight.shape[1]
+                    layer.weight.normal_(0, math.sqrt(2 / fan_out))
         else:
-            _draw_like(model, drawn)
+            draw_like(model, drawn)
         for name, weight in named_parameters(model, masks).items():
             if sparse_aware and bool(masks[name].any()):
                 weight.normal_(0, sparse_std(masks[name]))
     masks.apply_(named_parameters(model, masks))
-
-
-def _reset_layers(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if not any(True for _ in module.parameters(recurse=False)):
-            continue
-        reset = getattr(module, "reset_parameters", None) or getattr(
-            module, "_reset_parameters", None
-        )
-        if reset is None:
-            raise InputError(
-                "model",
-                described(f"{name} of type {type(module).__name__} without reset_parameters"),
-                "layers that can draw fresh weights, or Task(model=function)",
-            )
-        reset()
-        if isinstance(module, nn.modules.conv._ConvNd):
-            fan_out = module.weight.numel() // module.weight.shape[1]
-            module.weight.normal_(0, math.sqrt(2 / fan_out))
-
-
-def _draw_like(model: nn.Module, drawn: nn.Module) -> None:
-    parameters, fresh = dict(model.named_parameters()), drawn.state_dict()
-    for name, tensor in model.state_dict().items():
-        other = fresh[name]
-        if other.shape == tensor.shape:
-            tensor.copy_(other)
-        elif bool((other == other.flatten()[0]).all()):
-            tensor.fill_(other.flatten()[0])
-        elif name in parameters:
-            inputs = (other[0].numel() / tensor[0].numel()) if tensor.ndim > 1 else 1.0
-            tensor.normal_(float(other.mean()), float(other.std()) * math.sqrt(inputs))
-
-
-def drawn_by(task: Task, model: nn.Module, seed: int) -> nn.Module | None:
-    """A fresh network of the task; None where it makes none, or one with other tensors."""
-    if isinstance(task.model, nn.Module):
-        return None
-    fresh = task.fresh_model(seed)
-    return fresh if fresh.state_dict().keys() == model.state_dict().keys() else None
 
 
 def sparse_std(mask: torch.Tensor) -> float:
