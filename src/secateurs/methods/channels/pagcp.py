@@ -280,7 +280,8 @@ class PerformanceAwareChannelPruning(Pruner):
         calibration = self._calibration(task, seed)
         trial = self._trial(model, task, calibration)
         dense = structure_cost(trial.structure, budget, task.example_inputs)
-        self._refuse_unreachable(trial, budget, dense)
+        if self.stop == "budget":
+            self._refuse_unreachable(trial, budget, dense)
         for number in itertools.count():
             if number:
                 name = f"round-{number}"
