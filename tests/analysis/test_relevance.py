@@ -167,11 +167,13 @@ def beta0(layer, a, received):
 
 
 def box(layer, a, received, low=-1.5, high=4.0):
-    l, h = (torch.full_like(a, v).requires_grad_() for v in (low, high))
-    z = times(layer, a, layer.weight) - times(layer, l, layer.weight.clamp(min=0))
-    z = z - times(layer, h, layer.weight.clamp(max=0))
+    least, most = (torch.full_like(a, v).requires_grad_() for v in (low, high))
+    z = times(layer, a, layer.weight) - times(layer, least, layer.weight.clamp(min=0))
+    z = z - times(layer, most, layer.weight.clamp(max=0))
     ratio = (received / (z + 1e-6 * z.sign())).detach()
-    return sum(x * g for x, g in zip((a, l, h), torch.autograd.grad((z * ratio).sum(), (a, l, h))))
+    boxed = (a, least, most)
+    sent = torch.autograd.grad((z * ratio).sum(), boxed)
+    return sum(x * g for x, g in zip(boxed, sent, strict=True))
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)

@@ -1,7 +1,6 @@
 """Pruning by explaining."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
