@@ -117,6 +117,31 @@ def test_what_was_accepted_stays_removed_for_later_units():
     assert seen == [{}, {"a": 10}, {"a": 19}, {"a": 19, "b": 10}, {"a": 19, "b": 19}]
 
 
+def test_the_public_code_forgets_a_unit_of_which_all_ratios_pass():
+    seen = []
+
+    def evaluate(removed):
+        seen.append({unit: len(gone) for unit, gone in removed.items()})
+        return {"loss": 1.0}
+
+    visits = visits_of(evaluate, {"a": 20, "b": 20}, ratios=[0.5, 0.95], decay=0.5, published=True)
+    assert seen == [{}, {"a": 10}, {"a": 19}, {"b": 10}, {"b": 19}]
+    assert [(v.count, v.allowance) for v in visits] == [(19, 0.05), (19, 0.05)]
+
+
+def test_the_public_code_looks_the_ratio_up_where_it_is_not():
+    """0.1 and 0.2 of four are none; 0.3 and 0.4 are one, and the second of the list is 0.2."""
+
+    def evaluate(removed):
+        return {"loss": 1.0 if sum(map(len, removed.values())) < 2 else 3.0}
+
+    ratios = [0.1, 0.2, 0.3, 0.4, 0.5]
+    [ours] = visits_of(evaluate, {"a": 4}, ratios=ratios)
+    [theirs] = visits_of(evaluate, {"a": 4}, ratios=ratios, published=True)
+    assert (ours.ratio, ours.count) == (0.3, 1)
+    assert (theirs.ratio, theirs.count) == (0.2, 0)
+
+
 def replay(table, size, ratios, first, decay):
     """The rules of the card, written down once more without any sharing."""
     base, theta, counts, found = dict(table[0, 0]), first, {"a": 0, "b": 0}, []

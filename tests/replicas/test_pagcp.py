@@ -85,7 +85,7 @@ def allocated(tables):
     images = (images - images.min()) / (images.max() - images.min())
     for seed in range(SEEDS):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-        parts = [TensorDataset(images[i], labels[i]) for i in order.split([1000, 400, 379])]
+        parts = [TensorDataset(images[i], labels[i]) for i in order.split([1000, 400, 377])]
         task = two_heads(parts[0], parts[2])
         dense = task.fresh_model(seed)
         sc.fit(dense, task, task.training, seed=seed)

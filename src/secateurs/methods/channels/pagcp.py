@@ -22,14 +22,15 @@ rounds that are left) goes again with r and T − 1 doubled, for that part alone
 ``stop=allowance`` it does not: the paper's own rule ends the pruning, and the budget is only what
 it need not go below.
 
-Decided here: a unit of which all ratios pass is pruned at 0.95 at once and later units see it (the
-public code forgets it until the end); ratios that remove nothing are skipped and do not shift what
-was accepted (in the code they do); exactly int(ρN) filters go, ties by position; Δ and the MACs of
-e_u follow from the traced sizes. Candidates are evaluated under zeros, which give the losses of the
-smaller model; where a statistic (LayerNorm, GroupNorm) runs over the filters, on a shortened copy.
-Calibration samples are the first of the training set under the seed: the code takes the validation
-set, which leaks (``calibrate=evaluation``). Best is a held-out part of the training data, by name.
-A loss near zero rises by any factor at once; ``floor`` is the least B_k.
+A unit of which all ratios pass is pruned at 0.95 at once and later units see it; the public code
+forgets it until the end. Ratios that remove nothing are skipped; in the code they shift what was
+accepted. Both as in the code with ``published``. Decided here: exactly int(ρN) filters go, ties by
+position; Δ and the MACs of e_u follow from the traced sizes. Candidates are evaluated under zeros,
+which give the losses of the smaller model; where a statistic (LayerNorm, GroupNorm) runs over the
+filters, on a shortened copy. Calibration samples are the first of the training set under the seed:
+the code takes the validation set, which leaks (``calibrate=evaluation``). Best is a held-out part
+of the training data, by name. A loss near zero rises by any factor at once; ``floor`` is the least
+B_k. At least one unit is pruned, however small topk is.
 """
 
 from __future__ import annotations
@@ -132,12 +133,16 @@ def visit_units(
     first: float,
     decay: float,
     floor: float = 0.0,
+    published: bool = False,
 ) -> list[Visit]:
     """Step 3: the largest share of every unit that its allowance lets go, one after the other.
 
     Args:
         lowest: the filters of a unit from the smallest norm on, when others are removed.
         evaluate: losses by task when units are removed.
+        published: as the public code: a unit of which all ratios pass is pruned at the end alone,
+            and the ratio that was accepted is looked up in a list in which those that remove
+            nothing are missing.
 
     Raises:
         InputError: a loss is not finite, or not above 0, before anything is removed.
@@ -160,12 +165,20 @@ def visit_units(
             best = (ratio, count, losses)
         ratio, count, losses = best
         rise = sum(losses.values()) - total if count else 0.0
-        visits.append(Visit(unit, ratio, count, allowance, losses, rise, tried))
-        if count:
+        forgotten = published and count == removable(ratios[-1], size[unit])
+        found = _shifted(ratio, count, ratios, size[unit]) if published else (ratio, count)
+        visits.append(Visit(unit, found[0], found[1], allowance, losses, rise, tried))
+        if count and not forgotten:
             removed[unit] = order_of_unit[:count]
             base = {task: max(loss, losses[task]) for task, loss in base.items()}
             total, allowance = max(total, total + rise), allowance * decay
     return visits
+
+
+def _shifted(ratio: float, count: int, ratios: Sequence[float], size: int) -> tuple[float, int]:
+    """The ratio, and its filters, at which the public code looks up what was accepted."""
+    passed = sum(0 < removable(r, size) <= count for r in ratios)
+    return (ratios[passed - 1], removable(ratios[passed - 1], size)) if passed else (ratio, count)
 
 
 def efficient(visits: Sequence[Visit], saved: Mapping[str, float], topk: float) -> dict[str, float]:
@@ -217,7 +230,7 @@ def within(
 class PerformanceAwareChannelPruning(Pruner):
     """Prune layer after layer as far as no task's loss rises beyond its allowance."""
 
-    needs: ClassVar[tuple[str, ...]] = ("batches", "inputs")
+    needs: ClassVar[tuple[str, ...]] = ("training", "inputs")
 
     first_drop: float = option(0.05, "r: share by which the first layer may raise a loss")
     drop_slope: float = option(0.0, "what r grows by with every round")
@@ -238,6 +251,7 @@ class PerformanceAwareChannelPruning(Pruner):
     )
     batches: int | None = option(10, "batches of them; none for all", "batches")
     floor: float = option(0.0, "losses are taken to be at least this before they are compared")
+    published: bool = option(False, "what the public code does where it is at odds with the paper")
     exclude: tuple[str, ...] = option((), "regular expressions of axes to leave whole")
 
     def __post_init__(self) -> None:
@@ -353,6 +367,7 @@ class PerformanceAwareChannelPruning(Pruner):
             visits = visit_units(
                 order, trial.sizes, trial.lowest, trial.losses,
                 ratios=self.ratios, first=first, decay=decay, floor=self.floor,
+                published=self.published,
             )  # fmt: skip
             rates = efficient(visits, trial.saved(visits), self.topk)
             accepted = {v.unit: v.count for v in visits}
