@@ -18,9 +18,9 @@ samples. A round q:
 A filter's norm is Σ|w|, of a coupled unit the sum over its layers of mean |w|. Rounds go on until
 the budget is met; the last gives filters back, of the least efficient units first, as long as it
 stays met. A round that comes less than its part nearer to the budget (what is missing, over the
-rounds that are left) goes again with r and T − 1 doubled, for that part alone. With
-``stop=allowance`` it does not: the paper's own rule ends the pruning, and the budget is only what
-it need not go below.
+rounds that are left) goes again with r and T − 1 raised by one factor, the least that does, for
+that part alone. With ``stop=allowance`` it does not: the paper's own rule ends the pruning, and
+the budget is only what it need not go below.
 
 A unit of which all ratios pass is pruned at 0.95 at once and later units see it; the public code
 forgets it until the end. Ratios that remove nothing are skipped; in the code they shift what was
@@ -356,32 +356,33 @@ class PerformanceAwareChannelPruning(Pruner):
 
     def _plan(self, trial: Trial, cost: Cost, target: float, number: int) -> Plan:
         """Steps 1 to 4 of a round, its allowance widened where the budget demands it."""
-        now, least = cost(lambda axis: axis.size), target
+        now = cost(lambda axis: axis.size)
         goal = now - (now - target) / max(1, self.rounds - number)
-        first = self.first_drop + number * self.drop_slope
-        factor = self.total_factor + number * self.factor_slope
-        while True:
-            count = len(trial.units)
-            decay = solve_decay(first, count, factor) if self.solve and count > 1 else 1.0
-            order = visiting_order(trial.probed(self.probe), decay)
-            visits = visit_units(
-                order, trial.sizes, trial.lowest, trial.losses,
-                ratios=self.ratios, first=first, decay=decay, floor=self.floor,
-                published=self.published,
-            )  # fmt: skip
-            rates = efficient(visits, trial.saved(visits), self.topk)
-            accepted = {v.unit: v.count for v in visits}
-            counts = {unit: accepted[unit] for unit in rates}
 
-            def costs(given: Mapping[str, int]) -> float:
-                sizes = {trial.units[u].axis: trial.sizes[u] - c for u, c in given.items()}
-                return cost(lambda axis: sizes.get(axis, axis.size))
+        def costs(given: Mapping[str, int]) -> float:
+            sizes = {trial.units[u].axis: trial.sizes[u] - c for u, c in given.items()}
+            return cost(lambda axis: sizes.get(axis, axis.size))
 
-            enough = costs(counts) <= goal or self.stop == "allowance"
-            most = all(v.count == removable(self.ratios[-1], trial.sizes[v.unit]) for v in visits)
-            if enough or most or first > WIDEST:
-                break
-            first, factor, least = 2 * first, 1 + 2 * (factor - 1), goal
+        def allocated(wider: float) -> Allocation:
+            return self._allocate(trial, number, wider)
+
+        wider, found = 1.0, allocated(1.0)
+        widened = self.stop == "budget" and costs(found.counts) > goal
+        if widened:
+            most = removable_everywhere(self.ratios[-1], trial.sizes)
+            while costs(found.counts) > goal and found.accepted != most and wider < WIDEST:
+                wider *= 2
+                found = allocated(wider)
+            low, high = wider / 2, wider
+            for _ in range(REFINEMENTS):
+                middle = math.sqrt(low * high)
+                less = allocated(middle)
+                if costs(less.counts) <= goal:
+                    high, found = middle, less
+                else:
+                    low = middle
+        counts, order, visits, rates = found.counts, found.order, found.visits, found.rates
+        least = goal if widened else target
         if costs(counts) <= least:
             counts = within(counts, costs, least)
         removed = trial.removed(order, counts)
@@ -399,16 +400,60 @@ class PerformanceAwareChannelPruning(Pruner):
             }
             for v in visits
         ]
-        return Plan(choice, first, decay, trial.losses(removed), rows)
+        return Plan(choice, found.first, found.decay, trial.losses(removed), rows)
+
+    def _allocate(self, trial: Trial, number: int, wider: float) -> Allocation:
+        """Steps 1 to 4 with allowances that are `wider` by a factor."""
+        first = wider * (self.first_drop + number * self.drop_slope)
+        factor = 1 + wider * (self.total_factor - 1 + number * self.factor_slope)
+        count = len(trial.units)
+        decay = solve_decay(first, count, factor) if self.solve and count > 1 else 1.0
+        order = visiting_order(trial.probed(self.probe), decay)
+        visits = visit_units(
+            order, trial.sizes, trial.lowest, trial.losses,
+            ratios=self.ratios, first=first, decay=decay, floor=self.floor,
+            published=self.published,
+        )  # fmt: skip
+        rates = efficient(visits, trial.saved(visits), self.topk)
+        return Allocation(first, decay, order, visits, rates)
 
 
 WIDEST = 1e9
-"""Share by which a loss may rise beyond which no allowance is widened."""
+"""Factor beyond which no allowance is widened."""
+REFINEMENTS = 4
+"""Halvings, on a logarithmic scale, of the interval in which the least allowance lies."""
 
 
 def removable(ratio: float, size: int) -> int:
     """Filters that a ratio takes from a layer: int(ρN), never the last."""
     return min(int(ratio * size + 1e-9), size - 1)
+
+
+def removable_everywhere(ratio: float, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The same for every layer."""
+    return {unit: removable(ratio, size) for unit, size in sizes.items()}
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What the visits of a round gave under an allowance, and what of it is efficient."""
+
+    first: float
+    decay: float
+    order: list[str]
+    visits: list[Visit]
+    rates: dict[str, float]
+
+    @property
+    def accepted(self) -> dict[str, int]:
+        """Filters that may go, by unit."""
+        return {visit.unit: visit.count for visit in self.visits}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Those that go, the most efficient units first."""
+        accepted = self.accepted
+        return {unit: accepted[unit] for unit in self.rates}
 
 
 @dataclass(frozen=True)
