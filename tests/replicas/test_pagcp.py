@@ -1,6 +1,27 @@
-"""PAGCP on two tasks."""
+"""PAGCP on two tasks: the one that suffers is watched.
 
-from dataclasses import replace
+Paper: arXiv 2303.11923, whose claim is that an allowance a task keeps all of them alive where
+global and uniform magnitude sacrifice one. One trunk of 32, 48, 48 and 64 channels tells digits
+and redraws them; 1000 images of training, 400 to calibrate on, 377 for the test. One round by the
+paper's own rule (r = 0.5, T = 4, λ solved), nothing trained after it; rivals at the same MACs, of
+which 0.89 are left. Loss on the test images over that of the dense network, means of 3 seeds:
+
+                 class    image, which is the worst
+    pagcp        1.03     2.15   (2.08 2.46 1.91)
+    global L1    1.03     2.38   (2.49 2.19 2.46)
+    uniform L1   1.03     2.78   (2.40 2.43 3.51)
+    random       1.03     3.79   (2.23 3.64 5.51)
+
+The worst task is the least bad on average and in two seeds of three.
+
+What does not hold: far budgets in few rounds. On Fashion-MNIST at 14x14 with class and rotation,
+at 0.3 of the MACs in three rounds of one epoch each, PAGCP came to a mean accuracy of 0.434 (3
+seeds, allowances raised by doubling; 0.341 in one seed of half the width with the least that does)
+where uniform L1 kept 0.808 (0.631) and the architecture that PAGCP left, with fresh weights, came
+to 0.569. A loss cannot rise beyond that of chance, so once allowances come near it a whole layer
+passes, here all but two of its filters. The card's author saw the same with T = 30. Allowances as
+small as the paper's, with as many rounds as that takes, are what it is for.
+"""
 
 import pytest
 import torch
@@ -9,11 +30,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import secateurs as sc
-from secateurs.errors import InputError
-from secateurs.methods.networks.rethinking_value import reinitialize
 from secateurs.task import Metric, multitask
-from secateurs.training.order import mix
-from secateurs.zoo.catalog import make_task
 from secateurs.zoo.datasets import load_data
 
 pytestmark = pytest.mark.slow
@@ -21,22 +38,11 @@ pytestmark = pytest.mark.slow
 SEEDS = 3
 ONE_ROUND = {"first_drop": 0.5, "total_factor": 4.0, "solve": True, "rounds": 1,
              "stop": "allowance", "batches": None}  # fmt: skip
-DATA = "fashion-mnist?limit=3000&size=14&with=rotation"
-MACS, ROUNDS = 0.3, 3
 RIVALS = {
     "uniform L1": {"criterion": "l1", "scope": "local"},
     "global L1": {"criterion": "l1"},
     "random": {"criterion": "random"},
 }
-
-
-def missing(data):
-    """Why a data set cannot be loaded; empty where it can."""
-    try:
-        load_data(data)
-    except InputError as error:
-        return str(error)
-    return ""
 
 
 class TwoHeads(nn.Module):
@@ -107,33 +113,19 @@ def allocated(tables):
     return table
 
 
-@pytest.fixture(scope="module")
-def pruned(tables):
-    """Mean accuracies over the two tasks, by arm: clothing, and by how much it was turned."""
-    if why := missing(DATA):
-        pytest.skip(f"needs Fashion-MNIST: {why}")
-    table = tables()
-    task = make_task(
-        "zoo:convnet", DATA, training=sc.TrainSettings(epochs=5, lr=0.05),
-        finetuning=sc.TrainSettings(epochs=1, lr=0.02),
-    )  # fmt: skip
-    longer = replace(task, finetuning=sc.TrainSettings(epochs=ROUNDS, lr=0.02))
-    for seed in range(SEEDS):
-        dense = task.fresh_model(seed)
-        sc.fit(dense, task, task.training, seed=seed)
-        table.add("dense", task, dense)
-        outcome = sc.prune(dense, "pagcp", f"macs={MACS}", task, seed=seed, rounds=ROUNDS)
-        table.add("pagcp", task, outcome.model)
-        table.note("macs", outcome.after.macs / outcome.before.macs)
-        for arm, options in RIVALS.items():
-            rival = sc.prune(dense, "spa", f"macs={MACS}", longer, seed=seed, **options)
-            table.add(arm, task, rival.model)
-        scratch = outcome.model
-        reinitialize(scratch, seed=mix(seed, 1))
-        sc.fit(scratch, task, replace(task.training, epochs=5 + ROUNDS), seed=mix(seed, 2))
-        table.add("scratch", task, scratch)
-    return table
+def test_the_worst_task_suffers_least(allocated):
+    worst = {arm: allocated.mean((arm, "worst")) for arm in ("pagcp", *RIVALS)}
+    assert min(worst, key=worst.get) == "pagcp"
+    assert worst["pagcp"] <= worst["uniform L1"] - 0.3
+    assert worst["pagcp"] <= worst["random"] - 0.8
+    seeds = range(SEEDS)
+    lowest = [
+        all(allocated["pagcp", "worst"][s] <= allocated[arm, "worst"][s] for arm in RIVALS)
+        for s in seeds
+    ]
+    assert sum(lowest) >= 2
 
 
-def test_print(allocated, pruned):
-    pass
+def test_a_task_that_is_easy_vetoes_nothing(allocated):
+    assert allocated.mean(("pagcp", "class")) <= 1.1
+    assert 0.8 <= allocated.mean("macs") <= 0.95

@@ -6,8 +6,8 @@ without fine-tuning, where gradients do not. Nothing is trained after any remova
 Transfer. Conv-4 at a quarter of its width (no batch norm, as in the paper's VGG-16) learns five
 classes of Fashion-MNIST at 14x14, then 60 updates on 1, 5 or 10 samples of each of the other five;
 those same samples say which 40 % of its filters and neurons go, in steps of 5 %. Test accuracy on
-the new classes, means of 3 seeds; scratch is the network that relevance left, with fresh weights and
-the same 60 updates:
+the new classes, means of 3 seeds; scratch is the network that relevance left, with fresh weights
+and the same 60 updates:
 
     samples   before  relevance  taylor   gradient  weight   random   scratch
     1         0.488   0.488      0.486    0.491     0.380    0.304    0.486
@@ -19,8 +19,8 @@ with one sample all three are the same. On the convolutional network with batch 
 30 % and 50 % gone) the claim does not hold: from 5 samples relevance left 0.632 and 0.321, taylor
 0.709 and 0.593, weight 0.539 and 0.302 of 0.790, random 0.347 and 0.202.
 
-Moons. The public toy network, 2-1000-1000-1000-2, a third of its 3000 neurons gone at once, accuracy
-on the training set, means of 3 networks with 2 draws of references each:
+Moons. The public toy network, 2-1000-1000-1000-2, a third of its 3000 neurons gone at once;
+accuracy on the training set, means of 3 networks with 2 draws of references each:
 
     references a class   relevance   taylor   gradient
     1                    0.867       0.829    0.830

@@ -31,6 +31,11 @@ filters, on a shortened copy. Calibration samples are the first of the training 
 the code takes the validation set, which leaks (``calibrate=evaluation``). Best is a held-out part
 of the training data, by name. A loss near zero rises by any factor at once; ``floor`` is the least
 B_k. At least one unit is pruned, however small topk is.
+
+Measured: after one round the worst of two tasks suffers less than under uniform or global L1; at a
+far budget in few rounds it is much worse than either, for allowances then come near the loss of
+chance, under which a whole layer passes (tests/replicas/test_pagcp.py). Take more ``rounds``, or a
+smaller ``max_ratio``.
 """
 
 from __future__ import annotations
