@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import secateurs as sc
 from secateurs.devices import to_device
 from secateurs.errors import InputError
-from secateurs.task import batch_size, head, seeded, split_batch
+from secateurs.task import batch_size, head, multitask, seeded, split_batch
 
 LABELS = torch.tensor([0, 1, 2, 0, 1])
 INPUTS = F.one_hot(torch.tensor([0, 1, 1, 0, 2]), 3).float()
@@ -140,3 +140,36 @@ def test_nested_batches_keep_their_shape():
     assert first["a"][0].shape == (2, 3)
     assert first["a"][1][0].tolist() == [0, 1]
     assert batch_size(batch) == 5
+
+
+def test_the_loss_of_several_tasks_is_the_sum_of_theirs():
+    losses = {
+        "square": lambda out, target: (out - 1).square().mean(),
+        "label": lambda out, target: F.cross_entropy(out, target),
+    }
+    first = sc.Metric(lambda out, target: (out.argmax(1) == target).float())
+    task = multitask(make_net, None, pairs(), losses, {"right": first})
+    model = task.fresh_model(0)
+    assert task.primary == "right"
+    found = task.measure_losses(model)
+    whole = model.eval()(INPUTS).detach()
+    assert found == pytest.approx({k: float(f(whole, LABELS)) for k, f in losses.items()})
+    assert task.measure(model)["loss"] == pytest.approx(sum(found.values()))
+    assert task.measure_losses(model, pairs(5)) == pytest.approx(found)
+
+
+def test_a_single_loss_is_a_task_of_its_own():
+    task = sc.classification(make_net, None, pairs())
+    model = task.fresh_model(0)
+    assert task.measure_losses(model) == {"loss": task.measure(model)["loss"]}
+
+
+@pytest.mark.parametrize(("losses", "metrics"), [({}, {"a": None}), ({"a": None}, {})])
+def test_several_tasks_need_losses_and_metrics(losses, metrics):
+    with pytest.raises(InputError, match="losses|metrics"):
+        multitask(make_net, None, pairs(), losses, metrics)
+
+
+def test_losses_over_nothing_are_refused():
+    with pytest.raises(InputError, match="at least one batch"):
+        sc.classification(make_net, None, pairs()).measure_losses(make_net(), [])

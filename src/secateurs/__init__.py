@@ -10,7 +10,7 @@ from secateurs.parts.masks import Masks
 from secateurs.recovery import finetune
 from secateurs.registry import Paper, Tags, create, list_methods, register
 from secateurs.settings import TrainSettings, option
-from secateurs.task import Metric, Task, classification, language_modelling
+from secateurs.task import Metric, Task, classification, language_modelling, multitask
 from secateurs.training.adamr import AdamR
 from secateurs.training.keeping import MaskKeeper
 from secateurs.training.loop import fit
@@ -49,6 +49,7 @@ __all__ = [
     "load",
     "load_delta",
     "merge",
+    "multitask",
     "option",
     "prune",
     "prune_checkpoint",

@@ -62,6 +62,8 @@ class Task:
         resize: width multiplier -> a model of the same family with fresh weights; what the
             small-dense baseline needs.
         name: for reports.
+        losses: of the tasks that the model serves, by name, where there are several; `loss` is
+            their sum.
     """
 
     model: nn.Module | Callable[[], nn.Module]
@@ -76,6 +78,7 @@ class Task:
     finetuning: TrainSettings = field(default_factory=lambda: TrainSettings(lr=0.01, epochs=3))
     resize: Callable[[float], nn.Module] | None = None
     name: str = "task"
+    losses: Mapping[str, Loss] | None = None
 
     def __post_init__(self) -> None:
         if self.primary not in self.metrics:
@@ -144,6 +147,28 @@ class Task:
         require(samples > 0, "task.evaluate", described("an empty loader"), "at least one batch")
         means = {n: m.finish(sums[n] / max(counts[n], 1)) for n, m in self.metrics.items()}
         return {**means, "loss": loss / samples}
+
+    @property
+    def named_losses(self) -> Mapping[str, Loss]:
+        """The losses of the tasks that the model serves: `losses`, or the only one as ``loss``."""
+        return self.losses or {"loss": self.loss}
+
+    def measure_losses(
+        self, model: nn.Module, loader: Iterable[Any] | None = None
+    ) -> dict[str, float]:
+        """The mean of each of `named_losses` over `loader`, as `measure` takes it."""
+        device = next(model.parameters()).device
+        sums, samples = dict.fromkeys(self.named_losses, 0.0), 0
+        with _evaluating(model):
+            for batch in self.evaluate if loader is None else loader:
+                inputs, target = self.unpack(to_device(batch, device))
+                output = self.forward(model, inputs)
+                size = batch_size(target)
+                samples += size
+                for name, loss in self.named_losses.items():
+                    sums[name] += float(loss(output, target)) * size
+        require(samples > 0, "task", described("no batches"), "at least one batch")
+        return {name: total / samples for name, total in sums.items()}
 
     def with_model(self, model: nn.Module | Callable[[], nn.Module]) -> Task:
         """The same task for another model."""
@@ -283,6 +308,83 @@ def language_modelling(
         primary="perplexity",
         **fields,
     )
+
+
+def multitask(
+    model: nn.Module | Callable[[], nn.Module],
+    train: DataLoader[Any] | None,
+    evaluate: DataLoader[Any],
+    losses: Mapping[str, Loss],
+    metrics: Mapping[str, Metric],
+    *,
+    example_inputs: Any = None,
+    **fields: Any,
+) -> Task:
+    """Several tasks of one model: its loss is the sum of theirs, the first metric decides.
+
+    Args:
+        losses: (output, target) -> mean loss, by task; a weight is a factor inside.
+        metrics: of any of them.
+
+    Raises:
+        InputError: no loss, or no metric.
+    """
+    require(bool(losses), "losses", described("none"), "a loss for every task")
+    require(bool(metrics), "metrics", described("none"), "at least one metric")
+
+    def loss(output: Any, target: Any) -> Tensor:
+        return torch.stack([own(output, target) for own in losses.values()]).sum()
+
+    return Task(
+        model=model,
+        train=train,
+        evaluate=evaluate,
+        loss=loss,
+        metrics=metrics,
+        example_inputs=first_inputs(evaluate) if example_inputs is None else example_inputs,
+        losses=dict(losses),
+        **{"primary": next(iter(metrics)), **fields},
+    )
+
+
+def joint_classification(
+    model: nn.Module | Callable[[], nn.Module],
+    train: DataLoader[Any] | None,
+    evaluate: DataLoader[Any],
+    heads: Mapping[str, int],
+    *,
+    label_smoothing: float = 0.0,
+    **fields: Any,
+) -> Task:
+    """Several classifications by one model, whose logits lie side by side.
+
+    Targets are (N, tasks). ``accuracy`` is the mean over the tasks, and that of each task is
+    under its name.
+
+    Args:
+        heads: number of classes by task, in the order of logits and targets.
+    """
+    losses: dict[str, Loss] = {}
+    metrics: dict[str, Metric] = {}
+    corrects: list[Callable[[Any, Any], Tensor]] = []
+    entropy, first = cross_entropy(label_smoothing), 0
+    for column, (name, classes) in enumerate(heads.items()):
+        own, first = slice(first, first + classes), first + classes
+
+        def loss(output: Any, target: Tensor, own: slice = own, column: int = column) -> Tensor:
+            return entropy(logits_of(output)[..., own], target[:, column])
+
+        def correct(output: Any, target: Tensor, own: slice = own, column: int = column) -> Tensor:
+            return _correct(logits_of(output)[..., own], target[:, column])
+
+        losses[name], metrics[f"{name} accuracy"] = loss, Metric(correct)
+        corrects.append(correct)
+
+    def mean(output: Any, target: Tensor) -> Tensor:
+        return torch.stack([own(output, target) for own in corrects]).mean(0)
+
+    shown = {"accuracy": Metric(mean), **metrics}
+    return multitask(model, train, evaluate, losses, shown, **fields)
 
 
 def first_inputs(loader: DataLoader[Any]) -> Any:

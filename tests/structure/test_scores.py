@@ -9,8 +9,17 @@ from torch import nn
 
 import secateurs as sc
 from secateurs.errors import InputError
+from secateurs.parts.budgets import Budget
 from secateurs.structure.choice import Limits, choose
-from secateurs.structure.scores import aggregated, normalized, slice_scores, unit_scores
+from secateurs.structure.cost import structure_cost
+from secateurs.structure.removal import promise_of, since
+from secateurs.structure.scores import (
+    aggregated,
+    normalized,
+    producers,
+    slice_scores,
+    unit_scores,
+)
 
 
 def perceptron():
@@ -33,12 +42,13 @@ def test_aggregates_and_norms_of_the_card():
     assert normalized(scores, "sum").sum() == pytest.approx(1)
     assert normalized(scores, "max").max() == 1
     assert normalized(scores, "gaussian").tolist() == pytest.approx([-1, 1], abs=1e-6)
+    assert normalized(scores, "l2").square().sum() == pytest.approx(1)
     assert normalized(scores, "none") is scores
 
 
 def test_signed_scores_keep_their_order():
     scores = torch.tensor([-3.0, -1.0, 0.5])
-    for rule in ("sum", "mean", "max", "gaussian"):
+    for rule in ("sum", "mean", "max", "l2", "gaussian"):
         assert normalized(scores, rule).argsort().tolist() == [0, 1, 2]
 
 
@@ -121,3 +131,34 @@ def test_a_target_below_the_floors_is_refused(structure):
 def test_bad_limits_are_refused(bad):
     with pytest.raises(InputError, match=next(iter(bad))):
         Limits(**bad)
+
+
+def test_the_layers_that_make_units_are_told_from_those_that_use_them():
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, groups=4),
+        nn.ConvTranspose2d(4, 6, 2), nn.Flatten(), nn.Linear(6 * 25, 3),
+    )  # fmt: skip
+    found = sc.axes(model.eval(), torch.randn(1, 1, 8, 8))
+    assert producers(found, found["0"]) == [("0.weight", 0), ("2.weight", 0)]
+    assert producers(found, found["3"]) == [("3.weight", 1)]
+
+
+def test_a_budget_may_count_units():
+    structure = sc.axes(perceptron(), torch.randn(1, 5))
+    cost = structure_cost(structure, Budget.parse("keep=0.5"), torch.randn(1, 5))
+    assert (cost.whole, cost.target, cost.asked) == (4, 2, 0.5)
+    scores = {"0": torch.tensor([3.0, 1.0, 4.0, 2.0])}
+    choice = choose(structure, scores, cost.of, cost.target)
+    assert choice.kept[structure["0"].axis].tolist() == [0, 2]
+    promise = promise_of(Budget.parse("keep=0.5"), cost, choice)
+    assert promise.kept
+    assert promise.reached == 0.5
+
+
+def test_a_table_of_axes_tells_of_all_removals():
+    before = [{"axis": "a", "kept": 5, "total": 9}, {"axis": "b", "kept": 1, "total": 4}]
+    now = [{"axis": "a", "kept": 2, "total": 5}]
+    assert since(before, now) == [
+        {"axis": "a", "kept": 2, "total": 9}, {"axis": "b", "kept": 1, "total": 4},
+    ]  # fmt: skip
+    assert since([], now) == now

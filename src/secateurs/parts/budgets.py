@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from secateurs.errors import InputError, unknown
 
 FRACTIONS = {"sparsity", "density", "keep"}
-"""Kinds whose value is a fraction of what is there: removed, kept, kept (samples, tokens)."""
+"""Kinds whose value is a fraction of what is there: removed, kept, kept (samples, tokens, units
+of a structure)."""
 
 QUANTITIES = {"params", "macs", "bytes", "latency"}
 """Kinds that take a fraction of the dense model (at most 1, no unit) or an absolute amount."""

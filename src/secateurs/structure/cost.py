@@ -45,8 +45,9 @@ class StructureCost:
 def structure_cost(structure: Structure, budget: Budget, example_inputs: Any) -> StructureCost:
     """What a budget means for a structure.
 
-    ``sparsity`` and ``density`` are shares of all parameters, as ``params`` is. MACs are those
-    of one pass over `example_inputs`; the structure may be traced on more samples.
+    ``sparsity`` and ``density`` are shares of all parameters, as ``params`` is, ``keep`` of the
+    units of all free axes. MACs are those of one pass over `example_inputs`; the structure may be
+    traced on more samples.
 
     Raises:
         InputError: a kind that says nothing about a structure.
@@ -65,15 +66,24 @@ def structure_cost(structure: Structure, budget: Budget, example_inputs: Any) ->
         def of(counts: Counts) -> float:
             return _seconds(structure, counts)
 
+    elif budget.kind == "keep":
+        of = units_cost(structure)
     else:
-        raise unknown("budget", budget.kind, ("params", "sparsity", "density", "macs", "latency"))
+        kinds = ("params", "sparsity", "density", "macs", "latency", "keep")
+        raise unknown("budget", budget.kind, kinds)
     whole = of(lambda axis: axis.size)
     removed = budget.kind == "sparsity"
     share = 1 - budget.value if removed else budget.value
     target = share * whole if budget.relative else budget.value
     # amounts are promised as amounts, like everywhere
-    shares = budget.kind in ("sparsity", "density")
+    shares = budget.kind in ("sparsity", "density", "keep")
     return StructureCost(of, whole, target, budget.value if shares else target, shares, removed)
+
+
+def units_cost(structure: Structure) -> Cost:
+    """How many units of the free axes stay."""
+    axes = [group.axis for group in structure.free]
+    return lambda counts: sum(map(counts, axes))
 
 
 def _seconds(structure: Structure, counts: Counts) -> float:

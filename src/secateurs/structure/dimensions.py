@@ -375,6 +375,11 @@ Kept = Mapping[Axis, np.ndarray]
 """Rising indices of the units that stay, by plain axis; axes that are not there stay whole."""
 
 
+def counts_of(kept: Kept) -> Callable[[Axis], int]:
+    """How many units stay of every axis."""
+    return lambda axis: len(kept[axis]) if axis in kept else axis.size
+
+
 def kept_indices(dim: Dim, kept: Kept) -> np.ndarray:
     """Which indices of a dimension stay when `kept` stays of its axes; int64, rising.
 

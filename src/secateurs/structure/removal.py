@@ -24,7 +24,7 @@ def remove(outcome: Outcome, structure: Structure, choice: Choice) -> None:
     """Shorten the traced model to the chosen units; the structure is of no more use.
 
     The outcome gets the smaller model, the plan by which it is made again, notes, and a table of
-    the axes.
+    the axes, which after several removals tells of all of them.
     """
     rows = axes_table(structure, choice.kept)
     _record(outcome, structure, choice.kept, shorten(structure.trace, choice.kept), rows)
@@ -50,7 +50,7 @@ def _record(
     outcome.surgery.append(plan_of(structure, kept, made))
     outcome.model = made.model
     outcome.notes += made.notes
-    outcome.tables["axes"] = rows
+    outcome.tables["axes"] = since(outcome.tables.get("axes", []), rows)
 
 
 def axes_table(structure: Structure, kept: Kept) -> list[dict[str, Any]]:
@@ -64,6 +64,17 @@ def axes_table(structure: Structure, kept: Kept) -> list[dict[str, Any]]:
         }
         for group in structure.free
     ]
+
+
+def since(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` with the totals of an earlier table, and its axes that are not there any more.
+
+    An axis that was shortened to one unit is none.
+    """
+    now = {row["axis"]: row for row in rows}
+    first = {row["axis"]: row["total"] for row in before}
+    gone = [row for row in before if row["axis"] not in now]
+    return [{**row, "total": first.get(row["axis"], row["total"])} for row in rows] + gone
 
 
 def promise_of(budget: Budget, cost: StructureCost, choice: Choice) -> Promise:

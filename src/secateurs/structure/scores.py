@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from secateurs.errors import unknown
+from secateurs.structure.arguments import argument
 from secateurs.structure.axes import Group, Structure
-from secateurs.structure.dimensions import units_of
+from secateurs.structure.dimensions import Dim, units_of
 
 Aggregate = Literal["sum", "mean", "max", "prod"]
-Normalize = Literal["none", "sum", "mean", "max", "gaussian"]
+Normalize = Literal["none", "sum", "mean", "max", "l2", "gaussian"]
 UnitScores = dict[str, Tensor]
 """Group -> one score a unit, float64; higher means keep."""
 
@@ -79,12 +80,39 @@ def slice_scores(
             continue
         others = [p for p in range(score.ndim) if p != place]
         along = score.double().sum(others) if others else score.double()
-        owner = torch.from_numpy(units_of(structure.trace.tensors[name][place], group.axis))
-        owned = owner >= 0
-        total = torch.zeros(group.size, dtype=torch.float64, device=along.device)
-        owner = owner.to(along.device)
-        slices.append(total.index_add_(0, owner[owned], along[owned]))
+        slices.append(unit_sums(structure.trace.tensors[name][place], group, along))
     return slices
+
+
+def unit_sums(dim: Dim, group: Group, values: Tensor) -> Tensor:
+    """Values along a dimension summed up by the unit of a group that they belong to.
+
+    Args:
+        values: (size of `dim`,).
+
+    Returns:
+        (units,), float64.
+    """
+    owner = torch.from_numpy(units_of(dim, group.axis)).to(values.device)
+    owned = owner >= 0
+    total = torch.zeros(group.size, dtype=torch.float64, device=values.device)
+    return total.index_add_(0, owner[owned], values.double()[owned])
+
+
+def producers(structure: Structure, group: Group) -> list[tuple[str, int]]:
+    """(weight, dimension) of every layer that makes the units of a group.
+
+    Of a weight that is multiplied, that is any dimension that is not summed over.
+    """
+    found = structure.trace
+    contracted, multiplied = set(), set()
+    for meeting in found.notes.contractions:
+        operand = argument(meeting.node, meeting.argument.partition(".")[0])
+        name = found.same.get(str(getattr(operand, "target", None)))
+        if name is not None:
+            multiplied.add(name)
+            contracted.add((name, meeting.place))
+    return [s for s in group.slices if s[0] in multiplied and s not in contracted]
 
 
 def aggregated(slices: Sequence[Tensor], aggregate: Aggregate = "sum") -> Tensor:
@@ -121,6 +149,8 @@ def normalized(scores: Tensor, normalize: Normalize = "mean") -> Tensor:
             return scores / _divisor(scores.mean())
         case "max":
             return scores / _divisor(scores.amax())
+        case "l2":
+            return scores / _divisor(torch.linalg.vector_norm(scores))
         case "gaussian":
             return (scores - scores.mean()) / (scores.std(unbiased=False) + 1e-8)
     raise unknown("normalize", normalize, get_args(Normalize))

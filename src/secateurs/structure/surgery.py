@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from secateurs.errors import InputError, described, require
 from secateurs.structure.arguments import argument
 from secateurs.structure.batch import free_batch
-from secateurs.structure.dimensions import Axis, Kept, kept_indices, plain_axes, shortened_size
+from secateurs.structure.dimensions import (
+    Axis,
+    Kept,
+    counts_of,
+    kept_indices,
+    plain_axes,
+    shortened_size,
+)
 from secateurs.structure.oracle import expected_outputs
 from secateurs.structure.rewrite import (
     current_tensors,
@@ -125,7 +132,7 @@ def _shortened(
     scales = _fold_scales(found, units, notes)
     with torch.no_grad():
         _slice_tensors(found, slices)
-    counts = _counter(units)
+    counts = counts_of(units)
     graph = rewritten(found, counts, current_tensors(found), scales)
     graph.eval()
     with traceable(found.model), torch.no_grad():
@@ -178,14 +185,6 @@ def _checked(kept: Mapping[Axis, Any]) -> dict[Axis, np.ndarray]:
     return units
 
 
-def _counter(units: Kept) -> Any:
-    def count(axis: Axis) -> int:
-        own = units.get(axis)
-        return axis.size if own is None else len(own)
-
-    return count
-
-
 def _slices(found: Trace, units: Kept) -> dict[str, dict[int, list[int]]]:
     slices: dict[str, dict[int, list[int]]] = {}
     for name, dims in found.tensors.items():
@@ -213,7 +212,7 @@ def slice_tensor(tensor: Tensor, places: Mapping[int, list[int]]) -> None:
 
 def _fold_scales(found: Trace, units: Kept, notes: list[str]) -> dict[Any, float]:
     """Fold changes of attention scales into query weights; what cannot be folded is returned."""
-    count = _counter(units)
+    count = counts_of(units)
     widths = {
         node: (math.prod(a.size for a in dim), shortened_size(dim, count))
         for node, dim in found.notes.scales
@@ -312,7 +311,7 @@ def _candidates(
         for name, module in found.model.named_modules(remove_duplicate=False)
     }
     lists: dict[tuple[Any, str], list[tuple[Any, int, int]]] = defaultdict(list)
-    for literal, old, new in literal_values(found, _counter(units)):
+    for literal, old, new in literal_values(found, counts_of(units)):
         path = called.get(executed_by(literal.node))
         if path is None:
             continue
@@ -353,7 +352,7 @@ def _candidates(
         path = called.get(executed_by(node))
         if attribute is None or path is None or not hasattr(modules[path], attribute):
             continue
-        size = shortened_size(dims[1], _counter(units))
+        size = shortened_size(dims[1], counts_of(units))
         if size != getattr(modules[path], attribute):
             certain.setdefault(path, {})[attribute] = size
     for (node, listed_name), listed in lists.items():

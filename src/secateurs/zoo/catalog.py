@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from secateurs.errors import require
 from secateurs.outcome import load
 from secateurs.settings import TrainSettings
-from secateurs.task import Task, classification, language_modelling, seeded
+from secateurs.task import Task, classification, joint_classification, language_modelling, seeded
 from secateurs.zoo.datasets import Data, load_data
 from secateurs.zoo.likeness import is_noise, likeness
 from secateurs.zoo.models import ModelSource, has_weights, load_model, saved_outcome
@@ -158,6 +158,8 @@ def task_of(
     fields |= {"train": train, "evaluate": test, "example_inputs": data.example()}
     if data.kind == "language":
         return language_modelling(**fields)
+    if data.heads is not None:
+        return joint_classification(heads=data.heads, label_smoothing=label_smoothing, **fields)
     return classification(label_smoothing=label_smoothing, **fields)
 
 

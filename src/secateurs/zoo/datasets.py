@@ -30,6 +30,8 @@ class Data:
         name: the spec that makes it again.
         collate: samples -> batch; None for torch's own.
         task: a whole task whose loaders, loss and metrics are to be used as they are.
+        heads: of data with several labels a sample, (N, tasks): the number of classes by task,
+            whose sum is `classes`.
     """
 
     train: Dataset[Any]
@@ -40,6 +42,7 @@ class Data:
     name: str
     collate: Collate | None = None
     task: Task | None = None
+    heads: Mapping[str, int] | None = None
 
     def loaders(
         self, batch_size: int = 64, *, seed: int = 0, workers: int = 0
@@ -78,7 +81,7 @@ class TensorData(Dataset[Any]):
 
     Args:
         inputs: (N, ...).
-        targets: (N,), int64.
+        targets: (N,), int64; (N, tasks) where there are several.
     """
 
     def __init__(self, inputs: Tensor, targets: Tensor) -> None:
@@ -204,7 +207,10 @@ def load_data(spec: str) -> Data:
     ==================== =====================================================================
 
     Options follow a question mark: ``fashion-mnist?limit=6000&size=14`` takes the first 6000
-    training images, average-pooled to 14x14.
+    training images, average-pooled to 14x14. Digits and clothing also take
+    (`secateurs.zoo.attributes`): ``classes=5,7,9``, only these, renamed from 0; ``per_class=10``,
+    the first training samples of each; ``with=coarse`` or ``rotation``, a second task beside the
+    class.
 
     Raises:
         InputError: unknown name or option, missing or damaged files, data that is empty, has

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from secateurs.errors import InputError, described, require
+from secateurs.zoo.attributes import CLOTHING, EVEN_ODD, choice_of
 from secateurs.zoo.datasets import Data, check_labels, stratified_split, tensor_data
 from secateurs.zoo.specs import Options, Spec
 
@@ -28,9 +29,11 @@ def digits(spec: Spec, options: Options) -> Data:
     """1,797 handwritten digits of 8x8 pixels (UCI, shipped with scikit-learn), standardised.
 
     Options: ``test``, the share of every class that is held out (0.25, always the same
-    samples); ``limit``, the first samples of the training part.
+    samples); ``limit``, the first samples of the training part; those of
+    `secateurs.zoo.attributes`, the coarse category being even or odd.
     """
     share, limit = options.fraction("test", 0.25), options.integer("limit")
+    chosen = choice_of(options, 10)
     options.done()
     require(not spec.name, "data", spec.text, "digits, without a path")
     table = torch.from_numpy(np.loadtxt(_digits_file(), delimiter=",", dtype=np.float32))
@@ -38,7 +41,7 @@ def digits(spec: Spec, options: Options) -> Data:
     train, test = stratified_split(classes, share)
     train = train[:limit]
     parts = (images[train], classes[train]), (images[test], classes[test])
-    return tensor_data(spec.text, *parts, classes=10, standardise=True)
+    return chosen(tensor_data(spec.text, *parts, classes=10, standardise=True), EVEN_ODD)
 
 
 def _digits_file() -> Path:
@@ -53,12 +56,14 @@ def fashion_mnist(spec: Spec, options: Options) -> Data:
     """60,000 and 10,000 pieces of clothing (Xiao et al., arXiv 1708.07747), standardised.
 
     Options: ``limit``, the first training images; ``size``, a divisor of 28 to which images are
-    average-pooled.
+    average-pooled; those of `secateurs.zoo.attributes`, the coarse categories being tops,
+    trousers, shoes and bags.
 
     Raises:
         InputError: the files are not there, damaged, or do not belong together.
     """
     limit, size = options.integer("limit"), options.integer("size", 28)
+    chosen = choice_of(options, 10)
     options.done()
     assert size is not None
     require(28 % size == 0, "option size of fashion-mnist", size, "a divisor of 28")
@@ -66,7 +71,7 @@ def fashion_mnist(spec: Spec, options: Options) -> Data:
     train = _idx_pair(folder, "train", limit)
     test = _idx_pair(folder, "t10k")
     train, test = ((_pooled(images, size), labels) for images, labels in (train, test))
-    return tensor_data(spec.text, train, test, classes=10, standardise=True)
+    return chosen(tensor_data(spec.text, train, test, classes=10, standardise=True), CLOTHING)
 
 
 def _fashion_folder(given: str) -> Path:
