@@ -107,11 +107,12 @@ def _channel_switch(
 ) -> Switch | None:
     if group.role not in ("channel", "neuron") or group.normalized or group.granularity != 1:
         return None
-    made = [n.rpartition(".")[0] for n, place in group.slices if place == 0]
-    maker = next((p for p in made if p in calls), None)
+    weights = [n.rpartition(".")[0] for n, place in group.slices if place == 0]
+    makers = [p for p in dict.fromkeys(weights) if p in calls and _mixes(structure.trace, p)]
     consumers = summing.get(group.axis, [])
-    if maker is None or not consumers or len(calls[maker]) != 1:
+    if len(makers) != 1 or not consumers or len(calls[makers[0]]) != 1:
         return None
+    [maker] = makers
     reads: Any = calls[maker][0].args[0]
     shape = reads.meta["val"].shape
     targets = []
@@ -128,6 +129,12 @@ def _channel_switch(
         targets.append(Target(path, "input", place, owner))
     own = 1 if op_name(calls[maker][0]).startswith("conv") else len(shape) - 1
     return Switch(group.name, group.size, maker, own, shape[own], tuple(targets))
+
+
+def _mixes(found: Trace, path: str) -> bool:
+    """Whether a layer's outputs see all its inputs: a depthwise one only hands channels on."""
+    layer: Any = found.model.get_submodule(path)
+    return isinstance(layer, nn.Linear) or layer.groups == 1
 
 
 def _calls(found: Trace) -> dict[str, list[fx.Node]]:

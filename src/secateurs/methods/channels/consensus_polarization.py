@@ -23,9 +23,9 @@ are those of our card. What we decided:
    whose shortcut is a projection loses F and keeps the projection.
  - The budget is that of the whole model and is kept: ``extract=budget`` closes units in the order
    of their votes, ``extract=vote`` is the card's ḡ ≥ 1/2, exactly 1/2 being open.
- - Units that are closed or opened against their vote need training. So the vote may be held before
-   the end: for the share `settle` of the steps, still of the same pass, the static network trains
-   on, smaller already. ``settle=0`` is the card's method.
+ - Where training is too short for the gates to agree, what is closed or opened against its vote
+   is missed. So the vote may be held before the end: for the share `settle` of the steps, still of
+   the same pass, the static network trains on, smaller already.
  - Gates do not decay. A layer keeps a channel at least.
 
 MEASURED
@@ -105,7 +105,7 @@ class ConsensusPolarization(Procedure):
         "budget", "what stays: the most voted for that the budget leaves, or by the threshold"
     )
     threshold: float = option(0.5, "of extract=vote: the least share of samples for which it opens")
-    settle: float = option(0.2, "share of the training after the vote, of the static network")
+    settle: float = option(0.0, "share of the training after the vote, of the static network")
 
     def __post_init__(self) -> None:
         require(self.hidden >= 1, "hidden", self.hidden, "at least 1 neuron")

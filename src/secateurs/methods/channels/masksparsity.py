@@ -260,12 +260,13 @@ class MaskSparsity(Procedure):
         largest = max((float(scales[n].detach().abs()[d].max()) for n, d in doomed.items()),
                       default=0.0)  # fmt: skip
         way = self.strength * reach(task.training, total_steps(task, task.training))
-        if self.kind == "l2" or task.training.optimizer != "sgd" or way >= ROOM * largest:
+        sized = self.kind != "l2" and task.training.optimizer == "sgd"
+        if not sized or way == 0 or way >= ROOM * largest:
             return []
         return [
             f"the pull can move a scale by {way:.3g} in all steps of the masked run, and the "
             f"largest doomed one is {largest:.3g}: take more steps, or a strength of at least "
-            f"{self.strength * ROOM * largest / way if way else 1.0:.2g}"
+            f"{self.strength * ROOM * largest / way:.2g}"
         ]
 
     def _recalibrate(self, model: nn.Module, task: Task, seed: int) -> None:
