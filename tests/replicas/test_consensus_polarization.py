@@ -42,7 +42,9 @@ def make_task():
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8)[order]
     labels = torch.tensor(labels)[order]
-    train, held_out = (TensorDataset(images[s], labels[s]) for s in (slice(1200), slice(1200, None)))
+    train, held_out = (
+        TensorDataset(images[s], labels[s]) for s in (slice(1200), slice(1200, None))
+    )
     recipe = {"optimizer": "adam", "lr": 2e-3, "weight_decay": 0.0, "schedule": "constant"}
     return sc.classification(
         make, DataLoader(train, 64, shuffle=True), DataLoader(held_out, 600),

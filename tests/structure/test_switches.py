@@ -96,7 +96,9 @@ def test_what_is_switched_off_can_be_removed(name):
         nn.init.zeros_(gate.decide.weight)
         gate.decide.bias.data = 20 * constant
     wanted = gated(INPUTS)
-    assert {n: set(m.tolist()) for n, m in gated.means().items()} == dict.fromkeys(gated.names, {0, 1})
+    assert {n: set(m.tolist()) for n, m in gated.means().items()} == dict.fromkeys(
+        gated.names, {0, 1}
+    )
     assert gated.ungated() is model
     torch.testing.assert_close(model(INPUTS), dense(INPUTS), rtol=0, atol=0)
     found = sc.axes(model, INPUTS)
