@@ -92,7 +92,7 @@ def test_the_extracted_model_is_the_gated_one_with_its_gates_held(kind, make, bu
     share = float(found.share(means).detach())
     gated.ungated()
     outcome = Outcome(model)
-    choice = found.extract(outcome, vote, 0.5)
+    choice, _ = found.extract(outcome, vote, 0.5)
     torch.testing.assert_close(outcome.model(x), wanted, rtol=1e-10, atol=1e-10)
     after = measure_cost(outcome.model, task.example_inputs)
     left, whole = (
@@ -153,7 +153,8 @@ def test_by_the_budget_the_least_voted_for_go_and_no_more_than_need_be(kind):
     shares = {s.name: torch.rand(s.units, generator=generator) for s in found.switches}
     vote = Votes(shares, shares, 24)
     outcome = Outcome(model)
-    choice = found.extract(outcome, vote, None)
+    choice, kept = found.extract(outcome, vote, None)
+    assert sum(kept.values()) < sum(s.units for s in found.switches)
     assert choice.cost == measure_cost(outcome.model, task.example_inputs).macs <= 0.6 * whole
     assert choice.cost_before_last > 0.6 * whole
     if kind == "blocks":
@@ -259,6 +260,16 @@ def test_gates_that_do_not_agree_are_noted():
     _, outcome = trained(task, open_bias=0.0)
     assert outcome.history[0]["defect"] > 0.01
     assert any(n.startswith("the gates do not agree: consensus defect 0.") for n in outcome.notes)
+
+
+def test_a_budget_that_is_met_against_the_vote_is_noted():
+    """Gates that are all open, and a training too short to close any."""
+    task = make_task_of(make_plain, training=sc.TrainSettings(steps=1, lr=0.01))
+    _, outcome = trained(task)
+    rows = outcome.tables["gates"]
+    assert sum(row["voted open"] for row in rows) == 19
+    against = 19 - sum(row["kept"] for row in rows)
+    assert any(n.startswith(f"{against} of 19 units were closed against") for n in outcome.notes)
 
 
 # --- as a method ------------------------------------------------------------------------------

@@ -1,6 +1,29 @@
 """Consensus gates on the digits: what it is worth that all samples agree.
 
-MEASURED
+Paper: arXiv 2302.10798, whose claim is that gates trained with the polarisation become constants,
+so that half of a network goes in one training and for next to nothing. Six residual blocks of 16
+channels behind a stem, 1200 digits to train on and 597 to test, 10 epochs of Adam; 52 % of the
+multiply-accumulates stay, which are three blocks or half of the inner channels. Means of 3 seeds,
+2 minutes on one core; "cut" is what the gates of all training samples vote for, without any
+training after it:
+
+                                   gated           cut             defect   MACs
+    dense                                          0.963 ± 0.021            1
+    blocks,    λ_pol = 0           0.971 ± 0.012   0.962 ± 0.023   0.054    0.503
+    blocks,    λ_pol = 1           0.979 ± 0.004   0.979 ± 0.004   0.000    0.503
+    channels,  λ_pol = 0           0.961 ± 0.005   0.916 ± 0.024   0.089    0.492
+    channels,  λ_pol = 1           0.975 ± 0.004   0.974 ± 0.005   0.003    0.510
+
+    by the budget, λ_pol = 1       no settling     settle = 0.2    scratch          random   L1
+    blocks                         0.979 ± 0.004   0.974 ± 0.005   0.954 ± 0.030
+    channels                       0.974 ± 0.005   0.959 ± 0.014   0.967 ± 0.014    0.961    0.956
+
+"scratch" is a fresh network of three blocks, or of eight inner channels, trained as long (any
+three blocks make the same network, so it stands for random ones, too); "random" and "L1" cut the
+dense network and fine-tune it for two epochs more. With the polarisation the cut changes nothing,
+without it channels lose 4.5 points. Holding the vote early does not pay here: the gates agree
+long before, and the settling starts with a fresh Adam at a constant rate. All differences between
+networks that are not in doubt about their gates are within what the seeds of the dense one differ.
 """
 
 import pytest
@@ -55,7 +78,7 @@ def make_task():
 
 @pytest.fixture(scope="module")
 def measured(tables):
-    """By (units, λ_pol, what) the means over the seeds; ``budget`` is the method by its defaults."""
+    """By (units, λ_pol, what) over the seeds; ``budget`` is the method by its defaults."""
     table, task = tables(), make_task()
     for seed in range(SEEDS):
         dense = task.fresh_model(seed)
@@ -91,5 +114,34 @@ def measured(tables):
     return table
 
 
-def test_to_be_written(measured):
-    pass
+UNITS = pytest.mark.parametrize("units", ["blocks", "channels"])
+
+
+@UNITS
+def test_with_the_polarisation_the_cut_changes_nothing(measured, units):
+    for gated, static in zip(
+        measured[units, 1.0, "gated"], measured[units, 1.0, "static"], strict=True
+    ):
+        assert abs(gated - static) <= 0.01
+    assert max(measured[units, 1.0, "defect"]) <= 0.01
+    assert max(measured[units, 1.0, "open"]) <= 0.54
+
+
+@UNITS
+def test_without_it_samples_disagree_and_the_cut_costs(measured, units):
+    assert measured.mean((units, 0.0, "defect")) >= 0.03
+    lost = measured.mean((units, 0.0, "gated")) - measured.mean((units, 0.0, "static"))
+    assert lost >= {"blocks": 0.003, "channels": 0.03}[units]
+    gain = measured.mean((units, 1.0, "static")) - measured.mean((units, 0.0, "static"))
+    assert gain >= {"blocks": 0.005, "channels": 0.03}[units]
+
+
+@UNITS
+def test_half_of_the_network_is_as_good_as_all_of_it_and_as_one_from_scratch(measured, units):
+    cut = measured.mean((units, "budget", 0.0))
+    assert cut >= measured.mean("dense") - 0.01
+    assert cut >= measured.mean((units, "scratch")) - 0.01
+    assert measured.mean((units, "budget", 0.2)) >= measured.mean("dense") - 0.02
+    if units == "channels":
+        for criterion in ("random", "l1"):
+            assert cut >= measured.mean((units, criterion)) - 0.005

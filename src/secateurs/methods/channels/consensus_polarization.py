@@ -28,7 +28,10 @@ are those of our card. What we decided:
    the same pass, the static network trains on, smaller already.
  - Gates do not decay. A layer keeps a channel at least.
 
-MEASURED
+On the digits (`tests/replicas/test_consensus_polarization.py`) three of six blocks, or half of the
+inner channels, go and change no output: 0.979 and 0.974 against 0.963 of the whole network and
+0.954 and 0.967 of small ones trained from scratch. Without the polarisation the gates of single
+samples disagree, and channels lose 4.5 points when they are cut. Settling did not pay there.
 """
 
 from __future__ import annotations
@@ -140,7 +143,8 @@ class ConsensusPolarization(Procedure):
         finally:
             gated.ungated()
         gateable = self._gateable(model, task, budget)  # traced on the device that it trained on
-        choice = gateable.extract(outcome, vote, self.threshold if self.extract == "vote" else None)
+        threshold = self.threshold if self.extract == "vote" else None
+        choice, kept = gateable.extract(outcome, vote, threshold)
         outcome.promise = promise_of(budget, gateable.cost, choice)
         cut = task.measure(outcome.model)
         if last < steps:
@@ -154,11 +158,8 @@ class ConsensusPolarization(Procedure):
             {"stage": "removal", "defect": None, **cut},
             {"stage": "settled", "defect": None, **outcome.metrics_after},
         ]
-        outcome.tables["gates"] = _table(vote, self.threshold)
-        if vote.defect > DISSENT:
-            outcome.notes.append(
-                f"the gates do not agree: consensus defect {vote.defect:.3f}, above {DISSENT}"
-            )
+        outcome.tables["gates"] = _table(vote, self.threshold, kept)
+        outcome.notes += _dissent(vote, outcome.tables["gates"])
         return outcome
 
     def _train(
@@ -203,6 +204,9 @@ class ConsensusPolarization(Procedure):
         )
 
 
+Extracted = tuple[Choice, dict[str, int]]
+
+
 class Gateable(Protocol):
     """Units that can be gated: what they cost, which of them stay, and how the others go.
 
@@ -220,8 +224,12 @@ class Gateable(Protocol):
         """Σ c_u ḡ_u, the share of the gateable cost that is open, differentiable."""
         ...
 
-    def extract(self, outcome: Outcome, vote: Votes, threshold: float | None) -> Choice:
-        """Remove what is not voted for, by a threshold or by the budget, and say what it costs."""
+    def extract(self, outcome: Outcome, vote: Votes, threshold: float | None) -> Extracted:
+        """Remove what is not voted for, by a threshold or by the budget.
+
+        Returns:
+            What that costs, and the number of units that stay, by switch.
+        """
         ...
 
 
@@ -243,7 +251,7 @@ class Channels:
         share: Tensor = (spent - self.fixed) / (self.cost.whole - self.fixed)
         return share
 
-    def extract(self, outcome: Outcome, vote: Votes, threshold: float | None) -> Choice:
+    def extract(self, outcome: Outcome, vote: Votes, threshold: float | None) -> Extracted:
         if threshold is None:
             choice = choose(self.structure, vote.order, self.cost.of, self.cost.target)
         else:
@@ -253,8 +261,9 @@ class Channels:
                 # a layer keeps the channel that most samples open
                 kept[axis] = units if len(units) else vote.order[name].argmax().view(1).numpy()
             choice = chosen(kept, self.cost.of)
+        stay = {n: len(choice.kept.get(a, range(a.size))) for a, n in self.axes.items()}
         remove(outcome, self.structure, choice)
-        return choice
+        return choice, stay
 
 
 class Blocks:
@@ -278,7 +287,7 @@ class Blocks:
         spent = torch.stack([self.costs[name] * mean.sum() for name, mean in means.items()])
         return spent.sum() / self.gateable
 
-    def extract(self, outcome: Outcome, vote: Votes, threshold: float | None) -> Choice:
+    def extract(self, outcome: Outcome, vote: Votes, threshold: float | None) -> Extracted:
         cost = before = self.cost.whole
         closed = []
         for name in sorted(self.blocks, key=lambda name: float(vote.order[name])):
@@ -289,18 +298,35 @@ class Blocks:
         model = outcome.model
         shortcuts = {p: shortcut_of(model, self.blocks[p]) for p in self.blocks if p in closed}
         outcome.surgery.append(substitute(model, shortcuts))
-        return Choice({}, cost, before if threshold is None else cost + max(self.costs.values()))
+        before = before if threshold is None else cost + max(self.costs.values())
+        return Choice({}, cost, before), {p: int(p not in closed) for p in self.blocks}
 
 
-def _table(vote: Votes, threshold: float) -> list[dict[str, Any]]:
-    """Of every switch: units, how many of them are voted open, and how far the votes agree."""
+def _table(vote: Votes, threshold: float, kept: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Of every switch: units, how many of them are voted open and stay, how far samples agree."""
     return [
         {
             "gate": name,
-            "units": len(open_),
-            "voted open": int((open_ >= threshold).sum()),
-            "mean share": float(open_.mean()),
-            "defect": float((open_ * (1 - open_)).mean()),
+            "units": len(shares),
+            "voted open": int((shares >= threshold).sum()),
+            "kept": kept[name],
+            "mean share": float(shares.mean()),
+            "defect": float((shares * (1 - shares)).mean()),
         }
-        for name, open_ in vote.open.items()
+        for name, shares in vote.open.items()
     ]
+
+
+def _dissent(vote: Votes, table: list[dict[str, Any]]) -> list[str]:
+    """Notes where samples do not agree, or the budget was met against their votes."""
+    notes = []
+    if vote.defect > DISSENT:
+        notes.append(f"the gates do not agree: consensus defect {vote.defect:.3f}, above {DISSENT}")
+    closed = sum(max(0, row["voted open"] - row["kept"]) for row in table)
+    units = sum(row["units"] for row in table)
+    if closed > max(1, DISSENT * units):
+        notes.append(
+            f"{closed} of {units} units were closed against their vote to meet the budget: train "
+            "longer, or let the smaller network settle (settle=0.2)"
+        )
+    return notes

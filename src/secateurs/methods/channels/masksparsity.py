@@ -28,7 +28,9 @@ baseline → mask → masked training → removal, batch norm taken anew → fin
 The quality before is that of the baseline. With momentum μ a scale moves by rate · s / (1 − μ) a
 step; where the steps add up to less than three times the largest doomed γ, the outcome says so.
 
-MEASURED
+On the digits (`tests/replicas/test_masksparsity.py`), 35 % of the multiply-accumulates: cut, before
+any fine-tuning, 0.975 against 0.455 without a pull and 0.221 with network slimming's; from the
+baseline's 0.957, and level with a small network from scratch.
 """
 
 from __future__ import annotations
