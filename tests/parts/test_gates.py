@@ -77,3 +77,29 @@ def test_processes_vote_together(monkeypatch):
 def test_gates_of_another_shape_are_refused(shape):
     with pytest.raises(InputError, match="gates: got shape"):
         batch_means(torch.ones(shape))
+
+
+def vote_of_rank(rank, folder):
+    """One half of a batch in a process of its own: the loss and its averaged gradient."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    logits = torch.tensor([[-0.5], [0.3], [0.8], [1.2]])[2 * rank : 2 * rank + 2].requires_grad_()
+    weight = torch.ones((), requires_grad=True)
+    loss = polarization(batch_means(binary_gate(torch.sigmoid(weight * logits))))
+    loss.backward()
+    torch.distributed.all_reduce(weight.grad)  # as data parallelism does, then / 2
+    torch.save({"loss": loss.detach(), "grad": weight.grad / 2}, f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_vote_as_one(tmp_path):
+    torch.multiprocessing.spawn(vote_of_rank, (str(tmp_path),), nprocs=2)
+    logits, weight = torch.tensor([[-0.5], [0.3], [0.8], [1.2]]), torch.ones(()).requires_grad_()
+    loss = polarization(batch_means(binary_gate(torch.sigmoid(weight * logits))))
+    loss.backward()
+    for rank in range(2):
+        found = torch.load(tmp_path / str(rank))
+        torch.testing.assert_close(found["loss"], loss.detach())
+        torch.testing.assert_close(found["grad"], weight.grad)
