@@ -162,6 +162,23 @@ def test_means_before_a_forward_pass_are_refused():
         gated_net().means()
 
 
+def test_a_block_that_is_called_otherwise_is_refused():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.block(input=x)
+
+    target = Target("block", "output", 0, (0,))
+    gated = Gated(Named(), [Switch("block", 1, "block", 1, 4, (target,))])
+    with pytest.raises(
+        InputError, match=r"model: got block, called with 0 arguments and \['input'"
+    ):
+        gated(torch.randn(2, 4))
+
+
 def test_a_penalized_task_trains_with_the_term_and_is_measured_without_it():
     task, model = split_task(), make()
     batch = next(iter(task.train))

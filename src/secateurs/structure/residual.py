@@ -8,10 +8,10 @@ No names are looked for. A module is a residual block where its own code adds tw
  - what follows the sum sees nothing but the sum, and multiplies it with no weights;
  - a submodule gives F(x), so that its output can be gated.
 
-That covers the ResNets of zoo, torchvision and timm, bottlenecks, inverted residuals and blocks
-with squeeze-and-excitation, whatever calls their activation. It leaves out blocks that add twice
-(transformers), whose projection starts inside F (ResNetV2, four of 16), and whose code scales F
-itself (ConvNeXt). Of blocks inside blocks the inner ones are taken.
+That covers the ResNets of zoo, torchvision, timm and transformers, with bottlenecks, inverted
+residuals or squeeze-and-excitation, whatever calls their activation. It leaves out blocks that
+add twice (a transformer's), whose projection starts inside F (in ResNetV2 four of 16), and whose
+code scales F itself (ConvNeXt). Of blocks inside blocks the inner ones are taken.
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ def residual_blocks(found: Trace) -> dict[str, Residual]:
             if op_name(node) == "add" and path and path[0]:
                 block = _residual(found, path[0], segments, node)
                 if block is not None:
-                    # a module with two such sums would be given up with the first
                     blocks[block.path] = block
     inner = {p: b for p, b in blocks.items() if not any(q.startswith(f"{p}.") for q in blocks)}
     if not inner:

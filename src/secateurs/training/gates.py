@@ -94,7 +94,8 @@ class Gated(nn.Module):
                 self._hang(gate, target)
         for switch, gate in pairs:  # later: a gate sees its layer's input as the layer does
             reader = model.get_submodule(switch.reads)
-            self._handles.append(reader.register_forward_pre_hook(partial(_look, gate)))
+            look = partial(_look, gate, switch)
+            self._handles.append(reader.register_forward_pre_hook(look, with_kwargs=True))
 
     def _hang(self, gate: nn.Module, target: Target) -> None:
         module = self.model.get_submodule(target.path)
@@ -135,7 +136,14 @@ class Gated(nn.Module):
         return self.model
 
 
-def _look(gate: nn.Module, _: nn.Module, args: tuple[Any, ...]) -> None:
+def _look(
+    gate: nn.Module, switch: Switch, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if len(args) != 1 or kwargs:
+        called = described(f"{switch.reads}, called with {len(args)} arguments and {[*kwargs]}")
+        raise InputError(
+            "model", called, "blocks and layers that are called with their input alone"
+        )
     gate(args[0])
 
 
