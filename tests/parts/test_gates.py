@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import tensor
 
@@ -24,6 +24,7 @@ def test_a_gate_is_hard_forward_and_straight_through_backward():
     torch.testing.assert_close(z.grad, tensor([0.42, 0.5, 0.18], dtype=D))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30))
 def test_a_gate_is_zero_or_one_to_the_bit(values):
     assert set(binary_gate(tensor(values)).tolist()) <= {0.0, 1.0}

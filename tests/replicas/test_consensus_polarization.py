@@ -94,7 +94,7 @@ def measured(tables):
                     task.fresh_model(seed), "consensus-polarization", BUDGET, task, seed=seed,
                     units=units, polar_weight=weight, settle=0.0, extract="vote",
                 )  # fmt: skip
-                gated, static, _ = outcome.history
+                gated, static = outcome.history
                 table.note((units, weight, "gated"), gated["accuracy"])
                 table.note((units, weight, "static"), static["accuracy"])
                 table.note((units, weight, "defect"), gated["defect"])

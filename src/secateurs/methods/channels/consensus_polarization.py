@@ -146,18 +146,18 @@ class ConsensusPolarization(Procedure):
         threshold = self.threshold if self.extract == "vote" else None
         choice, kept = gateable.extract(outcome, vote, threshold)
         outcome.promise = promise_of(budget, gateable.cost, choice)
-        cut = task.measure(outcome.model)
+        outcome.metrics_after = task.measure(outcome.model)
+        outcome.history = [
+            {"stage": "gated", "defect": vote.defect, **outcome.metrics_before},
+            {"stage": "removal", "defect": None, **outcome.metrics_after},
+        ]
         if last < steps:
             fit_once(
                 outcome.model, task, task.training, seed=seed, work=work, name="settled",
                 start_step=last,
             )  # fmt: skip
-        outcome.metrics_after = task.measure(outcome.model)
-        outcome.history = [
-            {"stage": "gated", "defect": vote.defect, **outcome.metrics_before},
-            {"stage": "removal", "defect": None, **cut},
-            {"stage": "settled", "defect": None, **outcome.metrics_after},
-        ]
+            outcome.metrics_after = task.measure(outcome.model)
+            outcome.history.append({"stage": "settled", "defect": None, **outcome.metrics_after})
         outcome.tables["gates"] = _table(vote, self.threshold, kept)
         outcome.notes += _dissent(vote, outcome.tables["gates"])
         return outcome
