@@ -93,7 +93,7 @@ def test_what_goes_has_no_more_than_its_share(values, delta):
     # equal values fall on the threshold together
     strictly = scale < optimal_threshold(scale, delta)
     assert float(squares[strictly].sum()) <= delta * float(squares.sum()) * (1 + 1e-9)
-    assert not bool(gone.all())
+    assert not bool(spared(gone, scale, 1).all())
 
 
 def proposals(*sets, units=5):
@@ -221,10 +221,11 @@ def test_the_masked_run_starts_where_it_is_told_to(task):
 def test_the_doomed_come_to_zero_and_the_kept_do_not(task):
     own = replace(task, training=sc.TrainSettings(steps=60, lr=0.1))
     outcome = sc.prune(
-        task.fresh_model(0), "masksparsity", "params=0.5", own, strength=0.05, criterion="l1"
+        task.fresh_model(0), "masksparsity", "params=0.5", own, strength=0.2, criterion="l1"
     )
+    assert not outcome.notes
     for row in outcome.tables["scales"]:
-        assert row["largest"] < 0.2
+        assert row["largest"] < 0.05
         assert row["mean of the kept"] > 0.7
 
 
