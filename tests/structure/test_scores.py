@@ -10,7 +10,7 @@ from torch import nn
 import secateurs as sc
 from secateurs.errors import InputError
 from secateurs.parts.budgets import Budget
-from secateurs.structure.choice import Limits, choose
+from secateurs.structure.choice import Limits, choose, chosen
 from secateurs.structure.cost import structure_cost
 from secateurs.structure.removal import promise_of, since
 from secateurs.structure.scores import (
@@ -106,6 +106,20 @@ def test_no_removal_when_the_target_is_met_already(structure):
     scores = {"0": torch.rand(4)}
     choice = choose(structure, scores, structure.parameters, structure.parameters())
     assert choice.kept == {}
+
+
+def test_what_something_else_chose_costs_up_to_one_unit_more():
+    structure = sc.axes(wide((6, 9)), torch.randn(1, 5))
+    counts = {group.axis: 3 for group in structure.free}
+    kept = {axis: np.arange(3) for axis in counts}
+    choice = chosen(kept, structure.parameters)
+    assert choice.cost == structure.parameters(lambda a: counts.get(a, a.size))
+    more = [
+        structure.parameters(lambda a, own=own: counts.get(a, a.size) + (a is own))
+        for own in counts
+    ]
+    assert choice.cost_before_last == max(more) > choice.cost
+    assert chosen({}, structure.parameters).cost == structure.parameters()
 
 
 def test_limits_hold():

@@ -63,6 +63,18 @@ class Choice:
     cost_before_last: float
 
 
+def chosen(kept: Kept, cost: Cost) -> Choice:
+    """The choice of units that something else than a budget decided on.
+
+    The cost before the last unit is that with one unit more, of the axis where it costs most.
+    """
+
+    def cost_with(more: Axis | None) -> float:
+        return cost(lambda a: (len(kept[a]) if a in kept else a.size) + (a is more))
+
+    return Choice(kept, cost_with(None), max(map(cost_with, [None, *kept])))
+
+
 def choose(
     structure: Structure,
     scores: Mapping[str, Tensor],

@@ -58,16 +58,20 @@ def scale_scores(
         scales: γ by parameter name, such as `secateurs.parts.scales.norm_scales`.
         aggregate: over the scales that are tied to one axis.
     """
-    magnitudes = {n: s.detach().abs() for n, s in scales.items()}
-    ones = {n: torch.ones_like(m) for n, m in magnitudes.items()}
     found = {}
     for group in structure.free:
-        sums = slice_scores(structure, group, magnitudes)
-        counts = slice_scores(structure, group, ones)
-        if sums:
-            means = [s / c for s, c in zip(sums, counts, strict=True)]
-            found[group.name] = aggregated(means, aggregate)
+        if slices := scale_slices(structure, group, scales):
+            found[group.name] = aggregated(slices, aggregate)
     return found
+
+
+def scale_slices(structure: Structure, group: Group, scales: Mapping[str, Tensor]) -> list[Tensor]:
+    """|γ| of the units of one group, (units,) for each scale that runs over it."""
+    magnitudes = {n: s.detach().abs() for n, s in scales.items()}
+    ones = {n: torch.ones_like(m) for n, m in magnitudes.items()}
+    sums = slice_scores(structure, group, magnitudes)
+    counts = slice_scores(structure, group, ones)
+    return [s / c for s, c in zip(sums, counts, strict=True)]
 
 
 def slice_scores(

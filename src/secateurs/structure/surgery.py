@@ -382,11 +382,17 @@ def _whole_lists(
 
 def executed_by(node: Any) -> str | None:
     """Path of the innermost module whose code executed a node."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return None
-    path = list(stack.values())[-1][0]
-    return str(path).removeprefix("L['self'].").removeprefix("L['self']")
+    paths = calling(node)
+    return paths[-1] if paths else None
+
+
+def calling(node: Any) -> list[str]:
+    """Paths of the modules in whose calls a node was executed, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [
+        str(entry[0]).removeprefix("L['self'].").removeprefix("L['self']")
+        for entry in stack.values()
+    ]
 
 
 def own_sizes(module: nn.Module) -> dict[str, Any]:

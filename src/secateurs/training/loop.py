@@ -135,6 +135,8 @@ def fit(
         # torch keeps the very tensors it is given, and the steps would change them
         optimizer.load_state_dict(copy.deepcopy(optimizer_state))
     hooks = attach(model, optimizer, total) if attach is not None else ()
+    # attach may have put parameters into groups of their own
+    base_rates += [settings.lr] * (len(optimizer.param_groups) - len(base_rates))
     own_forward = "forward" in vars(model)
 
     def snapshot() -> Tree:
