@@ -8,6 +8,7 @@ calls it with its grid.
 
 from __future__ import annotations
 
+import copy
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -40,9 +41,9 @@ EXCHANGED, CLIENTS = "messages", "clients"
 class FederatedProcedure(Procedure):
     """One model, many clients, who keep their data."""
 
-    clients: int = option(10, "how many there are", "clients")
+    clients: int = option(5, "how many there are (the paper: 10)", "clients")
     alpha: float = option(0.5, "of the Dirichlet split of each class; smaller is less alike")
-    rounds: int = option(20, "of federated averaging", "rounds")
+    rounds: int = option(10, "of federated averaging", "rounds")
     local_epochs: float | None = option(
         None, "passes of a client over its data a round; by default task.training over all rounds"
     )
@@ -92,7 +93,8 @@ class FederatedProcedure(Procedure):
         work = work or Workspace()
         shares = divide(labels_of(task), self.clients, self.alpha, self.shots, seed)
         public = restricted(task, shares.public)
-        tasks = [restricted(task, own) for own in shares.clients]
+        architecture = task.with_model(copy.deepcopy(model))
+        tasks = [restricted(architecture, own) for own in shares.clients]
         served: list[Tree] = []
 
         def main(grid: Any) -> None:

@@ -23,7 +23,7 @@ it looks for them.
 Decisions. A budget is kept to one weight: a drawn candidate, within 2 % of the density, has the
 rest spread over its layers in proportion. Densities above 1/(1 + ε) get less noise, so that none
 passes 1. Δ = 10 and R_stop = 100 are the paper's for hundreds of rounds; the defaults here are
-for twenty. K_l is at most the number of removed weights, and gradients that are 0 do not count.
+for ten. K_l is at most the number of removed weights, and gradients that are 0 do not count.
 Blocks are counted by adjustments, not by rounds: the authors' index by the round, which reaches
 2 of a ResNet's 4. The authors pre-train on samples of the test set; here they are taken out of the
 training set. Running statistics go on from the server's with momentum 0.1 over ten passes, as in
@@ -173,7 +173,7 @@ class FedTiny(FederatedProcedure):
     )
     pooled_variance: bool = option(False, "add the spread of the clients' means to the variance")
     adjust_every: int = option(2, "Δ, rounds from one adjustment to the next", "rounds")
-    stop_round: int = option(14, "R_stop, the last round that may adjust", "rounds")
+    stop_round: int = option(7, "R_stop, the last round that may adjust", "rounds")
     adjust_rate: float = option(0.3, "a, share of a layer exchanged at first")
     granularity: Literal["block", "layer", "entire"] = option("block", "what adjusts at a time")
     order: Literal["backward", "forward"] = option("backward", "in which blocks take turns")
