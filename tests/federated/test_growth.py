@@ -144,6 +144,9 @@ def test_blocks_follow_the_module_tree():
         ["features.2.conv.weight"],
         ["features.4.conv.weight", "classifier.weight"],
     ]
-    assert blocks_of(["0.weight", "2.weight", "4.weight"]) == [["0.weight"], ["2.weight", "4.weight"]]
+    assert blocks_of(["0.weight", "2.weight", "4.weight"]) == [
+        ["0.weight"],
+        ["2.weight", "4.weight"],
+    ]
     assert blocks_of(["weight"]) == [["weight"]]
     assert blocks_of(["a.weight", "b.weight"]) == [["a.weight"], ["b.weight"]]

@@ -64,18 +64,18 @@ def client_app(own_task: OwnTask) -> Any:
     flwr = library("flwr.clientapp", "federated")
     app = flwr.ClientApp()
 
-    @app.query("hello")  # type: ignore[untyped-decorator]
+    @app.query("hello")
     def hello(message: Any, context: Any) -> Any:
         client = _Client.of(own_task, message, context)
         return _reply(message, {}, {"rank": client.rank, **client.counts()})
 
-    @app.query("abns_stats")  # type: ignore[untyped-decorator]
+    @app.query("abns_stats")
     def abns_stats(message: Any, context: Any) -> Any:
         client = _Client.of(own_task, message, context)
         context.state[POOL] = _array_record(client.arrays)
         return _reply(message, client.candidate_statistics(client.arrays), client.counts())
 
-    @app.evaluate("abns_loss")  # type: ignore[untyped-decorator]
+    @app.evaluate("abns_loss")
     def abns_loss(message: Any, context: Any) -> Any:
         client = _Client.of(own_task, message, context)
         if POOLED in client.arrays:

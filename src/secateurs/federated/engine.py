@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -53,20 +53,27 @@ def _quietly_import() -> Any:
 # ---------------------------------------------------------------- in this process
 
 
-def inline_grid(app: Any, clients: int, *, order: Callable[[list[Any]], list[Any]] = list) -> Any:
+def inline_grid(
+    app: Any,
+    clients: int,
+    *,
+    order: Callable[[list[Any]], list[Any]] = list,
+    config: Mapping[str, Any] | None = None,
+) -> Any:
     """A Flower `Grid` whose nodes are in this process; messages are answered when sent.
 
     Args:
         app: of the clients.
         clients: number of nodes; node i has the partition i.
         order: of the answers, as it would be on a network.
+        config: Flower's run configuration, for apps that read it.
     """
     _quietly_import()
     from flwr.app import Context, Error, Message, RecordDict
     from flwr.app.user_config import UserConfig
     from flwr.serverapp import Grid
 
-    class InlineGrid(Grid):  # type: ignore[misc]
+    class InlineGrid(Grid):
         """Nodes with their contexts, numbered from 1."""
 
         def __init__(self) -> None:
@@ -74,11 +81,9 @@ def inline_grid(app: Any, clients: int, *, order: Callable[[list[Any]], list[Any
                 number + 1: Context(
                     run_id=0,
                     node_id=number + 1,
-                    node_config=UserConfig(
-                        **{"partition-id": number, "num-partitions": clients}  # type: ignore[arg-type]
-                    ),
+                    node_config=UserConfig(**{"partition-id": number, "num-partitions": clients}),
                     state=RecordDict(),
-                    run_config=UserConfig(),
+                    run_config=UserConfig(config or {}),
                 )
                 for number in range(clients)
             }
@@ -158,7 +163,7 @@ def _simulate(main: Main, tasks: list[Task]) -> None:
     failures: list[BaseException] = []
     server = ServerApp()
 
-    @server.main()  # type: ignore[untyped-decorator]
+    @server.main()
     def serve(grid: Any, context: Any) -> None:
         try:
             main(grid)

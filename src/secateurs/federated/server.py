@@ -132,7 +132,8 @@ class Fleet:
                 known = made[id(config)] = (record, size_of(record), config)
             messages.append(Message(known[0], node, kind, group_id=str(number)))
             down += known[1]
-        answers, failures, up = {}, [], 0
+        answers: dict[int, tuple[Arrays, Mapping[str, Any]]] = {}
+        failures, up = [], 0
         for reply in self.grid.send_and_receive(messages):
             node = reply.metadata.src_node_id
             if reply.has_error():

@@ -1,0 +1,120 @@
+"""FedTiny on the digits, split over five unlike clients: what each module brings, and at what cost.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("flwr")
+
+import secateurs as sc
+from secateurs.federated.candidates import candidate_of, pool_of
+from secateurs.federated.client import LOSS, STATS, client_app
+from secateurs.federated.engine import identity, inline_grid
+from secateurs.federated.messages import Layout
+from secateurs.federated.partition import divide, labels_of, restricted
+from secateurs.federated.statistics import aggregate_statistics, set_statistics, statistics_of
+from secateurs.methods.clients.fedavg import FedAvg
+from secateurs.methods.clients.fedtiny import FedTiny, select_candidate
+from secateurs.state import model_state
+from secateurs.zoo.catalog import make_task
+
+pytestmark = pytest.mark.slow
+
+SEEDS = (0, 1, 2)
+CLIENTS = {"clients": 5, "alpha": 0.3}
+TRAINING = sc.TrainSettings(lr=0.05, schedule="constant", weight_decay=0.0)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return make_task("zoo:convnet", "digits", training=TRAINING)
+
+
+def selection(task, seed, density):
+    """Losses of ten candidates without and with adapted statistics, and what each is worth."""
+    method = FedTiny(**CLIENTS, pretrain_steps=200)
+    shares = divide(labels_of(task), method.clients, method.alpha, method.shots, seed)
+    adam = replace(task, training=sc.TrainSettings(optimizer="adam", lr=1e-3, weight_decay=0.0))
+    net = task.fresh_model(seed)
+    method.pretrain(net, restricted(adam, shares.public), seed, sc.Workspace())
+    tasks = [restricted(task.with_model(net), own) for own in shares.clients]
+    params, state = method.prunable(net), model_state(net)
+    layout = Layout.of(state, params)
+    pool = pool_of(layout, state, method._draw(net, params, sc.Budget.parse(density), seed))
+    app = client_app(lambda context: tasks[context.node_config["partition-id"]])
+    told = {"bn-passes": 10, "bn-momentum": 0.1}
+    with identity():
+        fleet = method.fleet(inline_grid(app, 5), params, seed, **told)
+        replies = fleet.ask("stats", 0, STATS, pool, {})
+        weights = [float(reply.metrics["development"]) for reply in replies]
+        adapted = aggregate_statistics([reply.arrays for reply in replies], weights)
+        own = tuple(s.expand(10, -1) for s in statistics_of(net))
+        found = []
+        for means, variances in (own, adapted):
+            statistics = {"means": means, "variances": variances}
+            replies = fleet.ask("loss", 0, LOSS, statistics, {})
+            losses = [reply.arrays["losses"] for reply in replies]
+            chosen, mean = select_candidate(losses, weights)
+            worth = []
+            for number in range(10):
+                twin = copy.deepcopy(net)
+                twin.load_state_dict(candidate_of(layout, pool, number)[0])
+                set_statistics(twin, means[number], variances[number])
+                worth.append(task.measure(twin)["accuracy"])
+            found.append((float(mean.mean()), worth[chosen], sum(worth) / 10))
+    return found
+
+
+def test_adapted_statistics_choose_better_candidates(task, table):
+    for density in (0.1, 0.2):
+        for seed in SEEDS:
+            plain, adapted = selection(task, seed, f"density={density}")
+            table.note((density, "loss, own statistics"), plain[0])
+            table.note((density, "loss, adapted"), adapted[0])
+            table.note((density, "picked by own"), plain[1])
+            table.note((density, "picked by adapted"), adapted[1])
+            table.note((density, "mean candidate, adapted"), adapted[2])
+
+
+DENSITY = "density=0.012"
+FEDERATION = {**CLIENTS, "rounds": 12, "local_epochs": 2.0, "pretrain_steps": 150}
+ADJUSTED = {"adjust_every": 3, "stop_round": 9}
+FIXED = {"stop_round": 0}
+ARMS = {
+    "fedtiny": FedTiny(**FEDERATION, **ADJUSTED, candidates=20),
+    "selected, fixed": FedTiny(**FEDERATION, **FIXED, candidates=20),
+    "one candidate, adjusted": FedTiny(**FEDERATION, **ADJUSTED, candidates=1),
+    "one candidate, fixed": FedTiny(**FEDERATION, **FIXED, candidates=1),
+    "random, uniform": FedAvg(**FEDERATION, pruner_options={"allocation": "uniform"}),
+    "random, erk": FedAvg(**FEDERATION),
+    "magnitude": FedAvg(**FEDERATION, pruner="one-shot"),
+    "snip": FedAvg(**FEDERATION, pruner="one-shot", pruner_options={"saliency": "snip"}),
+    "synflow": FedAvg(
+        **FEDERATION,
+        pruner="one-shot",
+        pruner_options={"saliency": "synflow", "iterations": 100},
+    ),
+    "fedtiny, erk": FedTiny(**FEDERATION, **ADJUSTED, candidates=20, allocation="erk"),
+    "dense": FedAvg(**FEDERATION),
+}
+
+
+def federated(task, arm, seed):
+    budget = "density=1" if arm == "dense" else DENSITY
+    return sc.prune(task.fresh_model(seed), ARMS[arm], budget, task, seed=seed)
+
+
+def test_masks_that_are_mended_beat_those_of_the_server(task, tables):
+    accuracy, sent, memory = tables(), tables(), tables()
+    for arm in ARMS:
+        for seed in SEEDS:
+            outcome = federated(task, arm, seed)
+            accuracy.note(arm, outcome.metrics_after["accuracy"])
+            whole = outcome.tables["messages"][-1]
+            sent.note(arm, (whole["down"] + whole["up"]) / 1e6)
+            memory.note(arm, max(r["peak memory"] or 0 for r in outcome.history) / 1e6)
