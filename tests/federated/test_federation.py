@@ -216,22 +216,68 @@ def test_memory_is_measured_in_the_first_round_of_each_kind(task, net):
     assert [record["peak memory"] is None for record in history] == [False, False] + [True] * 4
 
 
-def test_the_simulation_engine_gives_the_same_bits(monkeypatch):
-    """FedTiny on Flower's simulation engine, Ray workers and all, and in this process."""
+def in_flowers_engine(monkeypatch, task, net):
+    """`run` on Flower's simulation engine, whose Ray workers are this very process."""
+    from flwr.server.superlink.fleet.vce.backend import raybackend
+    from flwr.server.superlink.fleet.vce.backend.backend import Backend
+
+    from secateurs.federated.engine import simulate
+
+    class Here(Backend):
+        num_workers = 1
+
+        def __init__(self, backend_config):
+            self.load = None
+
+        def build(self, app_fn):
+            self.load = app_fn
+
+        def is_worker_idle(self):
+            return True
+
+        def terminate(self):
+            pass
+
+        def process_message(self, message, context):
+            reply = self.load()(message, context)
+            return reply, context
+
+    monkeypatch.setattr(raybackend, "RayBackend", Here)
+    parts = dirichlet_partition(labels_of(task), 3, 1.0, 0)
+    tasks = [restricted(task.with_model(net), part) for part in parts]
+    found = []
+
+    def main(grid):
+        _, shared, rounds = federation(task, net)
+        fleet = Fleet(grid, 3, COMMON)
+        history = train_rounds(fleet, shared, rounds, work=sc.Workspace(), growth=adjust)
+        found.append((shared, history, fleet.rows))
+
+    simulate(main, client_app(lambda context: tasks[context.node_config["partition-id"]]), 3)
+    return found[0]
+
+
+def test_flowers_engine_gives_the_bits_of_one_process(monkeypatch, task, net):
+    """Its message store, its threads, its contexts: the same model, the same bytes."""
+    here, history, fleet = run(task, net)
+    there, again, rows = in_flowers_engine(monkeypatch, task, net)
+    assert same(here, there)
+    assert history == again
+    assert rows == fleet.rows
+
+
+@pytest.mark.slow
+def test_ray_workers_give_the_bits_of_one_process():
+    """FedTiny whole, on Flower's simulation engine with its Ray workers. Ray takes a while."""
     pytest.importorskip("ray")
     training = sc.TrainSettings(epochs=2, lr=0.05)
     task = make_task("zoo:convnet?config=8,16", "digits?limit=300", training=training)
     net = task.fresh_model(0)
-    made = [
-        sc.prune(
-            net,
-            create("fedtiny", {"clients": 3, "rounds": 3, "adjust_every": 1, "engine": engine}),
-            "density=0.2",
-            task,
-        )
+    options = {"clients": 3, "rounds": 3, "adjust_every": 1}
+    here, there = (
+        sc.prune(net, create("fedtiny", {**options, "engine": engine}), "density=0.2", task)
         for engine in ("inline", "flower")
-    ]
-    here, there = made
+    )
     assert here.history == there.history
     assert here.tables == there.tables
     assert here.metrics_after == there.metrics_after

@@ -1,5 +1,4 @@
-"""FedTiny on the digits, split over five unlike clients: what each module brings, and at what cost.
-"""
+"""FedTiny on the digits, split over five unlike clients: what each module brings, and at what cost."""
 
 from __future__ import annotations
 

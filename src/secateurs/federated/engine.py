@@ -151,12 +151,34 @@ def identity() -> Iterator[None]:
 
 
 def _simulate(main: Main, tasks: list[Task]) -> None:
-    """Flower's simulation engine, a Ray actor a CPU."""
+    """Flower's simulation engine, a Ray worker a CPU."""
     _quietly_import()
     ray = library("ray", "federated")
     if ray.is_initialized():
         running = described("flower in a process that uses Ray already")
         raise InputError("engine", running, "inline: Flower shuts Ray down when it ends")
+    # workers import what this process can import
+    environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    ray.init(
+        num_cpus=os.cpu_count() or 1,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        runtime_env={"env_vars": environment},
+    )
+    try:
+        simulate(main, client_app(_Shipped(ray.put(tasks))), len(tasks))
+    finally:
+        ray.shutdown()
+
+
+def simulate(main: Main, app: Any, clients: int) -> None:
+    """Run a server function against a `ClientApp` on Flower's simulation engine.
+
+    Raises:
+        SecateursError: the engine broke down; or whatever `main` raises.
+    """
+    _quietly_import()
     from flwr.serverapp import ServerApp
     from flwr.simulation import run_simulation
 
@@ -170,35 +192,17 @@ def _simulate(main: Main, tasks: list[Task]) -> None:
         except BaseException as failure:
             failures.append(failure)
 
-    gpus = torch.cuda.device_count()
-    processes = os.cpu_count() or 1
+    gpus, processes = torch.cuda.device_count(), os.cpu_count() or 1
+    resources = {"num_cpus": 1, "num_gpus": gpus / processes}
     logger = logging.getLogger("flwr")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    # workers import what this process can import
-    environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    ray.init(
-        num_cpus=processes,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        runtime_env={"env_vars": environment},
-    )
     try:
-        app = client_app(_Shipped(ray.put(tasks)))
-        run_simulation(
-            server,
-            app,
-            len(tasks),
-            backend_config={
-                "client_resources": {"num_cpus": 1, "num_gpus": gpus / processes},
-            },
-        )
+        run_simulation(server, app, clients, backend_config={"client_resources": resources})
     except RuntimeError as failure:
         raise SecateursError(f"Flower's simulation engine: {failure}") from failure
     finally:
         logger.setLevel(level)
-        ray.shutdown()
     if failures:
         raise failures[0]
 

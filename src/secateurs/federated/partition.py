@@ -124,11 +124,14 @@ def indexed(task: Task) -> DataLoader[Any]:
 def restricted(task: Task, indices: Tensor) -> Task:
     """The task of somebody who has only these training samples, and no others to evaluate on.
 
-    A last batch of a single sample, which batch norm cannot train on, is left out.
+    A last batch of a single sample, which batch norm cannot train on, is left out. Who has no
+    samples has no loader.
     """
     loader = indexed(task)
+    if not len(indices):
+        return replace(task, train=None)
     assert loader.batch_size is not None
-    size = min(loader.batch_size, max(len(indices), 1))
+    size = min(loader.batch_size, len(indices))
     own: Subset[Any] = Subset(loader.dataset, indices.tolist())
     alone = len(indices) > size and len(indices) % size == 1
     train: DataLoader[Any] = DataLoader(
