@@ -100,7 +100,12 @@ def labels_of(task: Task) -> Tensor:
         InputError: a sample has not one whole number as its label, or the data are a stream.
     """
     loader = indexed(task)
-    reading = DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)
+    reading: DataLoader[Any] = DataLoader(
+        loader.dataset,
+        loader.batch_size,
+        collate_fn=loader.collate_fn,
+        generator=torch.Generator(),  # or the iterator would draw from the global one
+    )
     found = []
     for batch in reading:
         _, target = task.unpack(batch)
