@@ -14,6 +14,7 @@ from secateurs.federated.engine import identity, inline_grid
 from secateurs.federated.messages import Layout, arrays_of, content, metrics_of
 from secateurs.federated.partition import dirichlet_partition, labels_of, restricted
 from secateurs.federated.server import Fleet, Global, Growth, Rounds, train_rounds
+from secateurs.parts.masks import Masks
 from secateurs.registry import create
 from secateurs.state import model_state
 from secateurs.training.keeping import MaskKeeper
@@ -264,6 +265,20 @@ def test_flowers_engine_gives_the_bits_of_one_process(monkeypatch, task, net):
     assert same(here, there)
     assert history == again
     assert rows == fleet.rows
+
+
+def test_what_grew_and_never_moved_is_replaced_by_the_largest_that_was_dropped():
+    state = {"w": torch.tensor([1.0, -0.5, 0.0, 0.0, -2.0])}
+    masks = Masks({"w": torch.tensor([True, True, False, False, True])})
+    model = Global(Layout.of(state, masks), state, masks)
+    grown = torch.tensor([False, False, True, True, True])
+    assert model.exchange({"w": grown}) == 2
+    assert torch.equal(model.state["w"], torch.tensor([0.0, 0.0, 0.0, 0.0, -2.0]))
+    model.state["w"][3] = 0.25  # one of the two learned something
+    assert model.replace_idle() == 1
+    assert model.masks["w"].tolist() == [True, False, False, True, True]
+    assert torch.equal(model.state["w"], torch.tensor([1.0, 0.0, 0.0, 0.25, -2.0]))
+    assert model.replace_idle() == 0
 
 
 @pytest.mark.slow

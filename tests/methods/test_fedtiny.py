@@ -303,15 +303,3 @@ def test_clients_whose_losses_diverge_are_named(task):
     model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 8), nn.Linear(8, 10))
     with pytest.raises(SecateursError, match=r"loss: (NaN|Inf)|finite loss"):
         sc.prune(model, FedTiny(**{**QUICK, "pretrain_steps": 0}), "density=0.5", wild)
-
-
-def test_what_grew_and_never_moved_is_not_kept():
-    from secateurs.federated.server import Global
-    from secateurs.methods.clients.fedtiny import without_idle
-
-    state = {"w": torch.tensor([1.0, 0.0, 0.0, -2.0])}
-    masks = Masks({"w": torch.tensor([True, True, False, True])})
-    model = Global(Layout.of(state, masks), state, masks)
-    assert without_idle(model) == ["weights that grew, stayed at 0 and are not kept: 1"]
-    assert model.masks["w"].tolist() == [True, False, False, True]
-    assert without_idle(model) == []

@@ -28,6 +28,7 @@ from secateurs.federated.messages import (
     weighted_mean,
 )
 from secateurs.parts.masks import Masks
+from secateurs.parts.topk import select_largest
 from secateurs.state import Tree
 from secateurs.training.order import mix
 from secateurs.workspace import Workspace
@@ -172,7 +173,9 @@ class Global:
         version: of the masks, 0 for the first.
         form: how the masks are told in the next round: ``mask``, ``candidate``, ``change`` or
             ``same``.
-        told: the arrays, or the plain values, that tell them.
+        told: the arrays that tell them.
+        candidate: the one of a pool that the masks are, for the form ``candidate``.
+        dropped: the last values of weights that were exchanged away, by layer.
     """
 
     layout: Layout
@@ -182,6 +185,7 @@ class Global:
     form: str = "mask"
     told: Arrays = field(default_factory=dict)
     candidate: int = 0
+    dropped: State = field(default_factory=dict)
 
     def message(self) -> tuple[Arrays, dict[str, Any]]:
         """Weights and what changed in the masks, for clients that have the version before."""
@@ -197,9 +201,13 @@ class Global:
 
     def exchange(self, new: Mapping[str, Tensor]) -> int:
         """Take new masks for some layers, weights that grow starting at 0; how many grew."""
-        before = self.masks.clone()
+        before, weights = self.masks.clone(), {name: self.state[name].clone() for name in new}
         self.masks.update(new)
         self.masks.apply_(self.state)
+        for name, old in weights.items():
+            known = self.dropped.get(name, torch.zeros_like(old))
+            leaving = before[name] & ~self.masks[name]
+            self.dropped[name] = torch.where(leaving, old, known)
         for name in new:
             # what was gone is zero already; said here because masks promise nothing about it
             self.state[name][self.masks[name] & ~before[name]] = 0
@@ -207,6 +215,28 @@ class Global:
         self.version += 1
         self.form = "change"
         return int(self.told["grown"].numel())
+
+    def replace_idle(self) -> int:
+        """Put the largest weights that were dropped in the place of those that never moved.
+
+        A weight grows where a client's own model had a gradient; in the averaged model its unit
+        may be dead, and the weight stays at 0. In its layer the largest weight that was dropped
+        takes its place, with its last value. Returns how many were replaced.
+        """
+        replaced = 0
+        for name, last in self.dropped.items():
+            mask, weight = self.masks[name], self.state[name]
+            idle = mask & (weight == 0)
+            scores = last.abs().masked_fill(mask, 0.0)
+            count = min(int(idle.sum()), int((scores > 0).sum()))
+            if not count:
+                continue
+            [back] = select_largest([scores], count)
+            [going] = select_largest([idle.float()], count)
+            self.masks.update({name: mask & ~going | back})
+            weight[back] = last[back]
+            replaced += count
+        return replaced
 
     def as_tree(self) -> Tree:
         """For `Workspace.once`."""

@@ -27,7 +27,8 @@ for ten. K_l is at most the number of removed weights, and gradients that are 0 
 Blocks are counted by adjustments, not by rounds: the authors' index by the round, which reaches
 2 of a ResNet's 4. The authors pre-train on samples of the test set; here they are taken out of the
 training set. A weight that grew on the gradient of one client's model may find the averaged
-unit dead and stay at 0: at the end it leaves the mask, and a note says so. Running statistics go on from the server's with momentum 0.1 over ten passes, as in
+unit dead and stay at 0: at the end the largest weight that its layer dropped takes its place, and
+a note says so. Running statistics go on from the server's with momentum 0.1 over ten passes, as in
 the authors' code, but dropout is off meanwhile; variances are averaged without the spread of the
 means unless `pooled_variance`. The last round does not adjust: nobody would train what grew.
 """
@@ -237,10 +238,13 @@ class FedTiny(FederatedProcedure):
         history = train_rounds(
             fleet, shared, self.schedule(seed), work=work, growth=self.adjustment
         )
+        if idle := shared.replace_idle():
+            chosen["notes"].append(
+                f"weights that grew and stayed at 0, replaced at the end: {idle}"
+            )
         model.load_state_dict(shared.state)
-        idle = without_idle(shared)
         outcome = self.served(model, shared.masks, fleet, history)
-        outcome.notes += chosen["notes"] + idle
+        outcome.notes += chosen["notes"]
         outcome.tables["candidates"] = chosen["table"]
         return outcome
 
@@ -352,14 +356,6 @@ def exchanged_count(rate: float, mask: Tensor) -> int:
     kept = int(mask.sum())
     # 0.15 of 1,000 is a hair above 150
     return min(math.ceil(rate * kept - 1e-9 * kept), mask.numel() - kept)
-
-
-def without_idle(model: Global) -> list[str]:
-    """Take weights that grew and never moved out of the masks; a note, if there were any."""
-    idle = {name: mask & (model.state[name] == 0) for name, mask in model.masks.items()}
-    count = sum(int(mask.sum()) for mask in idle.values())
-    model.masks.update({name: model.masks[name] & ~mask for name, mask in idle.items()})
-    return [f"weights that grew, stayed at 0 and are not kept: {count}"] if count else []
 
 
 def beside(arm: str, outcome: Outcome, total: int, primary: str) -> dict[str, Any]:
