@@ -278,7 +278,7 @@ class _Client:
         self.model.train()
         loader, source = self.task.training_loader(), self.config["grow-data"]
         if source == "all":
-            # no batch is dropped, and all samples are seen once
+            # an epoch, each sample once
             chosen = [b for b, _ in islice(batches_from(loader, seed, 0), steps_per_epoch(loader))]
         else:
             chosen = [next(batches_from(loader, seed, step - 1))[0]]

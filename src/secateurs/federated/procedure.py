@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from secateurs.errors import require
@@ -205,8 +204,3 @@ def _as_tree(outcome: Outcome) -> Tree:
 def peak_memory(history: list[dict[str, Any]]) -> int:
     """Bytes of tensors that the hungriest client held at the same time."""
     return max(record["peak memory"] or 0 for record in history)
-
-
-def device_free(masks: Masks) -> Masks:
-    """The same masks on the CPU, where messages are made."""
-    return masks.to(torch.device("cpu"))

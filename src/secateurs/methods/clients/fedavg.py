@@ -19,7 +19,7 @@ from torch import nn
 
 from secateurs.errors import InputError
 from secateurs.federated.messages import Layout
-from secateurs.federated.procedure import FederatedProcedure, device_free
+from secateurs.federated.procedure import FederatedProcedure
 from secateurs.federated.server import Global, train_rounds
 from secateurs.method import Pruner
 from secateurs.outcome import Outcome
@@ -50,9 +50,6 @@ class FedAvg(FederatedProcedure):
     pruner: str = option("random-pruning", "one-shot method that finds the server's mask")
     pruner_options: dict[str, Any] = option({}, "its hyper-parameters")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-
     def serve(
         self,
         grid: Any,
@@ -65,7 +62,7 @@ class FedAvg(FederatedProcedure):
     ) -> Outcome:
         work = work or Workspace()
         self.pretrain(model, public, seed, work)
-        masks = device_free(self._pruner(model).prune(model, budget, public, seed=seed).masks)
+        masks = self._pruner(model).prune(model, budget, public, seed=seed).masks.to("cpu")
         state = model_state(model)
         shared = Global(Layout.of(state, masks), state, masks)
         fleet = self.fleet(grid, masks, seed)
