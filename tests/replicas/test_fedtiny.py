@@ -1,4 +1,35 @@
-"""FedTiny on the digits, split over five unlike clients: what each module brings, and costs."""
+"""FedTiny on the digits, split over five unlike clients: what each module brings, and costs.
+
+A network of three convolutions (57,856 weights that may be masked), 50 public samples, the others
+split by Dirichlet 0.3; twelve rounds of two local epochs, SGD; density 0.012; 3 seeds, on the test
+samples. Bytes are those of all messages both ways, memory the peak of the hungriest client.
+
+| | accuracy | MB sent | MB peak |
+| --- | --- | --- | --- |
+| FedTiny, 20 candidates, adjusted in rounds 3 and 6 | 93.2 ± 1.6 | 1.22 | 3.37 |
+| selected, not adjusted | 87.4 ± 3.2 | 1.20 | 3.37 |
+| one candidate, adjusted | 89.5 ± 0.7 | 0.91 | 3.37 |
+| one candidate, not adjusted | 90.4 ± 4.0 | 0.89 | 3.37 |
+| pruned on the server: global magnitude | 87.1 ± 4.2 | 0.88 | 3.37 |
+| pruned on the server: SNIP | 84.1 ± 1.8 | 0.88 | 3.37 |
+| random mask, uniform | 81.8 ± 2.2 | 0.88 | 3.37 |
+| dense FedAvg | 98.2 ± 1.8 | 28.31 | 3.37 |
+
+FedTiny is ahead of every mask that the server fixes, at a 23rd of dense FedAvg's bytes: clearly of
+global magnitude, SNIP and random ones, by 2.8 points, less than the spread, of the layer-wise
+magnitude mask that is its single candidate. Its parts do not show alone. Adjusting helps the
+selected candidate on every seed (4 to 8 points), the single one not at all (the card: +4);
+selecting without adjusting costs 3 points (the card: at this density all losses are at chance).
+Clients' memory is the same for all: kernels are dense here, and looking for gradients takes no
+more than a step of training.
+
+Selection by itself, ten candidates, nothing trained but the server's model:
+
+| density | loss, server's statistics | adapted | picked by the first | picked by adapted | mean |
+| --- | --- | --- | --- | --- | --- |
+| 0.1 | 2.23 | 2.08 | 21.3 | 47.4 | 39.0 |
+| 0.2 | 1.82 | 1.47 | 54.5 | 79.3 | 72.7 |
+"""
 
 from __future__ import annotations
 
@@ -93,6 +124,11 @@ def test_adapted_statistics_choose_better_candidates(task, table):
             table.note((density, "picked by own"), plain[1])
             table.note((density, "picked by adapted"), adapted[1])
             table.note((density, "mean candidate, adapted"), adapted[2])
+        losses = [table.mean((density, f"loss, {kind}")) for kind in ("own statistics", "adapted")]
+        assert losses[1] < losses[0]
+        picked = table.mean((density, "picked by adapted"))
+        assert picked >= table.mean((density, "mean candidate, adapted")) + 0.01
+        assert picked >= table.mean((density, "picked by own")) + 0.03
 
 
 DENSITY = "density=0.012"
@@ -125,3 +161,12 @@ def test_masks_that_are_mended_beat_those_of_the_server(task, tables):
             whole = outcome.tables["messages"][-1]
             sent.note(arm, (whole["down"] + whole["up"]) / 1e6)
             memory.note(arm, max(r["peak memory"] or 0 for r in outcome.history) / 1e6)
+            assert outcome.promise.kept
+    tiny = accuracy.mean("fedtiny")
+    for arm in ("magnitude", "snip", "random"):
+        assert tiny >= accuracy.mean(arm) + 0.03, arm
+    assert tiny >= accuracy.mean("selected, fixed") + 0.02
+    assert tiny >= accuracy.mean("dense") - 0.08
+    assert sent.mean("fedtiny") < sent.mean("dense") / 20
+    assert sent.mean("random") < sent.mean("fedtiny")
+    assert len(set(memory.means().values())) == 1
