@@ -31,6 +31,7 @@ def recalibrate(
     *,
     split: Split = split_batch,
     seed: int = 0,
+    momentum: float | None = None,
 ) -> None:
     """Reset the running statistics of `model` and estimate them anew, in place.
 
@@ -42,6 +43,8 @@ def recalibrate(
         batches: how many to look at; an epoch by default.
         split: batch -> (inputs, target).
         seed: of the order of the batches.
+        momentum: of an exponential average that goes on from the statistics as they are,
+            instead of the plain one.
     """
     require(batches is None or batches >= 1, "batches", batches, "at least 1")
     layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
@@ -49,21 +52,24 @@ def recalibrate(
         return
     count = steps_per_epoch(loader) if batches is None else batches
     device = device_of(model)
-    with _estimating(model, layers), torch.no_grad():
+    with _estimating(model, layers, momentum), torch.no_grad():
         for batch, _ in islice(batches_from(loader, seed, 0), count):
             inputs, _ = split(to_device(batch, device))
             model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 @contextmanager
-def _estimating(model: nn.Module, layers: list[_NormBase]) -> Iterator[None]:
-    """Only `layers` in training mode, without memory and with a cumulative average."""
+def _estimating(
+    model: nn.Module, layers: list[_NormBase], momentum: float | None
+) -> Iterator[None]:
+    """Only `layers` in training mode; without a momentum, without memory."""
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum) for layer in layers]
     model.eval()
     for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None
+        if momentum is None:
+            layer.reset_running_stats()
+        layer.momentum = momentum
         layer.train()
     try:
         yield

@@ -1,0 +1,1 @@
+"""FedTiny as a Flower app."""

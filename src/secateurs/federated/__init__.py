@@ -1,0 +1,1 @@
+"""Training where the data cannot move: partitions, messages, clients and a server, on Flower."""

@@ -1,0 +1,1 @@
+"""Methods that train one model across clients who keep their data."""
