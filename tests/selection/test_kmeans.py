@@ -149,7 +149,7 @@ def test_it_goes_on_where_it_was_killed(tmp_path):
     means = KMeans(12, iterations=12, points=100, passes=2)
     whole = means.fit(source, seed=1)
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     class Kill:
@@ -162,7 +162,7 @@ def test_it_goes_on_where_it_was_killed(tmp_path):
             if kind == "done":
                 self.left -= 1
                 if not self.left:
-                    raise Killed
+                    raise KilledError
 
         def begin(self, label, total): ...
 
@@ -174,7 +174,7 @@ def test_it_goes_on_where_it_was_killed(tmp_path):
     for _ in range(20):
         try:
             found = means.fit(source, seed=1, work=sc.Workspace(tmp_path, [Kill()]))
-        except Killed:
+        except KilledError:
             deaths += 1
         else:
             break
