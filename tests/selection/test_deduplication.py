@@ -113,7 +113,8 @@ def test_pieces_are_compared_in_themselves():
 
 
 def test_it_goes_on_and_leaves_no_scratch(tmp_path, monkeypatch):
-    monkeypatch.setattr("secateurs.selection.deduplication.GROUP_BYTES", 8 * 4 * 40)
+    monkeypatch.setattr("secateurs.selection.deduplication.GROUP_ROWS", 40)
+    monkeypatch.setattr("secateurs.selection.deduplication.READ_BYTES", 8 * 4 * 15)
     source = from_arrays(near_copies(), rows=60)
     means = KMeans(6)
     assigned = means.assign(source, means.fit(source))

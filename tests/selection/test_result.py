@@ -31,8 +31,9 @@ def made(source):
     duplicates = [np.array([0, 1, 0, 0], bool), np.zeros(4, bool), np.zeros(2, bool)]
     filtered = [np.zeros(4, bool), np.zeros(4, bool), np.array([1, 0], bool)]
     clusters = [np.array(c, np.int32) for c in ([0, 0, 1, 1], [1, 1, 1, 0], [0, 0])]
+    distances = [s.astype(np.float32) for s in scores]
     return Selection.of(source, keep, scores, duplicates=duplicates, filtered=filtered,
-                        clusters=clusters, distances=[s.astype(np.float32) for s in scores])  # fmt: skip
+                        clusters=clusters, distances=distances)  # fmt: skip
 
 
 def test_counts_and_groups(made):

@@ -28,15 +28,17 @@ import torch
 from torch import Tensor
 
 from secateurs.errors import require
-from secateurs.selection.embeddings import Array, Embeddings
+from secateurs.selection.embeddings import BLOCK_ROWS, Array, Embeddings
 from secateurs.selection.score_table import Order, hashed
 from secateurs.state import Tree
 from secateurs.workspace import Workspace
 
 SHOWN = 64
 """Pairs of duplicates that are remembered as examples."""
-GROUP_BYTES = 1 << 28
-"""Embeddings that are looked at between two finished steps."""
+GROUP_ROWS = 1 << 17
+"""About so many rows are looked at between two finished steps."""
+READ_BYTES = 1 << 27
+"""Embeddings that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,9 @@ def find_duplicates(
     work = work or Workspace()
     cluster = [part["cluster"].numpy() for part in assigned]
     sizes = np.sum([np.bincount(c, minlength=clusters) for c in cluster], axis=0)
-    groups = _groups_of(sizes, GROUP_BYTES // (4 * source.width))
+    groups = _groups_of(sizes, GROUP_ROWS)
     with _scratch(work) as folder:
-        grouped = _Grouped(source, cluster, clusters, folder)
+        grouped = _Grouped(source, cluster, folder)
         steps = [f"group-{number:05}" for number in range(len(groups))]
         if not all(work.has(step) for step in steps):
             grouped.write(work)
@@ -159,44 +161,51 @@ class _Grouped:
 
     source: Embeddings
     cluster: list[Array]
-    clusters: int
     folder: Path
 
     def __post_init__(self) -> None:
-        # within a shard and a cluster the rows keep their order
-        self.orders = [np.argsort(c, kind="stable") for c in self.cluster]
-        counts = [np.bincount(c, minlength=self.clusters) for c in self.cluster]
-        self.starts = [np.concatenate([[0], np.cumsum(c)]) for c in counts]
+        self.places = []
+        for own in self.cluster:  # within a shard and a cluster the rows keep their order
+            place = np.empty(len(own), np.int32)
+            place[np.argsort(own, kind="stable")] = np.arange(len(own), dtype=np.int32)
+            self.places.append(place)
 
     def write(self, work: Workspace) -> None:
         """Write what is not there."""
         with work.progress("grouped", len(self.source.shards)) as advance:
             for number, shard in enumerate(self.source.shards):
-                path = self._path(number)
-                if not path.exists():
-                    rows = np.concatenate(list(shard.blocks(shard.rows)))
+                path, first = self._path(number), 0
+                grouped: Array | None = None
+                for block in () if path.exists() else shard.blocks(BLOCK_ROWS):
+                    if grouped is None:
+                        grouped = np.empty((shard.rows, shard.width), block.dtype)
+                    grouped[self.places[number][first : first + len(block)]] = block
+                    first += len(block)
+                if grouped is not None:
                     partial = path.with_suffix(".partial")
                     with open(partial, "wb") as file:
-                        np.save(file, rows[self.orders[number]])
+                        np.save(file, grouped)
                     os.replace(partial, path)
                 advance(number + 1)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05}.npy"
 
-    def rows_of(self, cluster: range) -> tuple[Array, Tensor]:
-        """Numbers over all shards and unit embeddings of the rows of some clusters."""
-        numbers, parts = [], []
-        for number in range(len(self.source.shards)):
-            first, last = self.starts[number][[cluster.start, cluster.stop]]
-            if last > first:
-                stored = np.load(self._path(number), mmap_mode="r")
-                parts.append(torch.from_numpy(np.array(stored[first:last])).float())
-                numbers.append(self.orders[number][first:last] + self.source.offsets[number])
-                del stored
-        rows = torch.cat(parts) if parts else torch.empty(0, self.source.width)
-        every = np.concatenate(numbers) if numbers else np.empty(0, np.int64)
-        return every, rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    def rows(self, numbers: Array) -> Tensor:
+        """The unit embeddings of rows, which are numbered over all shards."""
+        shards = self._shards(numbers)
+        found = torch.empty(len(numbers), self.source.width)
+        for number in np.unique(shards):
+            own = np.flatnonzero(shards == number)
+            places = self.places[number][numbers[own] - self.source.offsets[number]]
+            stored = np.load(self._path(number), mmap_mode="r")
+            found[torch.from_numpy(own)] = torch.from_numpy(stored[places]).float()
+            del stored  # or its pages would count as this process's memory
+        return found.div_(torch.linalg.vector_norm(found, dim=1, keepdim=True))
+
+    def _shards(self, numbers: Array) -> Array:
+        found: Array = np.searchsorted(self.source.offsets, numbers, side="right") - 1
+        return found
 
     def compare(
         self,
@@ -208,31 +217,54 @@ class _Grouped:
         seed: int,
     ) -> Tree:
         """Duplicates among the rows of some clusters, and examples of them."""
-        numbers, rows = self.rows_of(clusters)
-        shards = np.searchsorted(self.source.offsets, numbers, side="right") - 1
-        cluster, distance = np.empty(len(numbers), int), np.empty(len(numbers))
-        ids: list[Array] = []
-        for shard in np.unique(shards):
-            own = shards == shard
-            local = numbers[own] - self.source.offsets[shard]
-            cluster[own] = self.cluster[shard][local]
-            distance[own] = assigned[shard]["distance"].numpy()[local]
-            ids.append(self.source.narrow(int(shard)).ids[local])
-        names = np.concatenate(ids) if ids else np.empty(0, np.int64)
+        numbers, cluster, distance, names = self._narrow(clusters, assigned)
         if keep == "random":
             distance = hashed(names, seed).astype(np.float64)
         order = np.lexsort((names, distance if keep == "easy" else -distance, cluster))
+        numbers = numbers[order]
+        edges = np.searchsorted(cluster[order], np.arange(clusters.start, clusters.stop + 1))
+        pieces = [
+            (begin, min(begin + piece, last))
+            for first, last in pairwise(edges.tolist())
+            for begin in range(first, last, piece)
+        ]
         gone: list[Array] = []
         pairs: list[tuple[int, int, float]] = []
-        for one in clusters:
-            first, last = np.searchsorted(cluster[order], [one, one + 1])
-            for begin in range(first, last, piece):
-                own = order[begin : min(begin + piece, last)]
-                best, twin = like_an_earlier(rows[torch.from_numpy(own)])
+        most = max(piece, READ_BYTES // (4 * self.source.width))
+        for batch in _batches(pieces, most):
+            first, last = batch[0][0], batch[-1][1]
+            rows = self.rows(numbers[first:last])
+            for begin, end in batch:
+                best, twin = like_an_earlier(rows[begin - first : end - first])
                 removed = (best > 1 - epsilon).nonzero().view(-1).numpy()
-                gone.append(numbers[own[removed]])
+                gone.append(numbers[begin + removed])
                 for place in removed[: SHOWN - len(pairs)].tolist():
-                    like = int(numbers[own[int(twin[place])]])
-                    pairs.append((int(numbers[own[place]]), like, float(best[place])))
+                    like = int(numbers[begin + int(twin[place])])
+                    pairs.append((int(numbers[begin + place]), like, float(best[place])))
         every = np.concatenate(gone) if gone else np.empty(0, np.int64)
         return {"rows": torch.from_numpy(every), "pairs": pairs}
+
+    def _narrow(
+        self, clusters: range, assigned: Sequence[Tree]
+    ) -> tuple[Array, Array, Array, Array]:
+        """Numbers over all shards, clusters, distances and ids of the rows of some clusters."""
+        parts = []
+        for number, own in enumerate(self.cluster):
+            rows = np.flatnonzero((own >= clusters.start) & (own < clusters.stop))
+            if rows.size or not number:
+                distance = assigned[number]["distance"].numpy()[rows].astype(np.float64)
+                ids = self.source.narrow(number).ids[rows]
+                parts.append((rows + self.source.offsets[number], own[rows], distance, ids))
+        numbers, cluster, distance, ids = (np.concatenate(c) for c in zip(*parts, strict=True))
+        return numbers, cluster, distance, ids
+
+
+def _batches(pieces: Sequence[tuple[int, int]], rows: int) -> Iterator[Sequence[tuple[int, int]]]:
+    """Consecutive pieces of at most so many rows together, but at least one."""
+    first = 0
+    while first < len(pieces):
+        last = first + 1
+        while last < len(pieces) and pieces[last][1] - pieces[first][0] <= rows:
+            last += 1
+        yield pieces[first:last]
+        first = last

@@ -66,7 +66,9 @@ class Selection:
         for code, masks in ((FILTERED, filtered), (DUPLICATE, duplicates)):
             for reason, mask in zip(reasons, masks or (), strict=masks is not None):
                 reason[mask] = code
-        return Selection(source, [s.astype(np.float32) for s in scores], reasons, **fields)
+        return Selection(
+            source, [s.astype(np.float32, copy=False) for s in scores], reasons, **fields
+        )
 
     @property
     def masks(self) -> list[Array]:
