@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from secateurs.errors import described, library, require
-from secateurs.selection.embeddings import Array, Embeddings, Metric
+from secateurs.selection.embeddings import BLOCK_ROWS, Array, Embeddings, Metric
 from secateurs.selection.score_table import hashed
 from secateurs.state import Tree
 from secateurs.workspace import Workspace
@@ -128,13 +128,13 @@ class KMeans:
         with work.progress("k-means", self.iterations) as advance:
             for iteration in range(done, self.iterations):
                 nearest = self.nearest(sample, centres)
-                moved = nearest != own
-                if not bool(moved.any()):
+                moved = (nearest != own).nonzero().view(-1)
+                if not len(moved):
                     break
-                rows = sample[moved]
-                add_by_cluster(sums, counts, rows, nearest[moved], scale)
-                was = own[moved]
-                add_by_cluster(sums, counts, rows[was >= 0], was[was >= 0], scale, sign=-1)
+                for some in moved.split(BLOCK_ROWS):
+                    rows, was = sample[some], own[some]
+                    add_by_cluster(sums, counts, rows, nearest[some], scale)
+                    add_by_cluster(sums, counts, rows[was >= 0], was[was >= 0], scale, sign=-1)
                 own = nearest
                 centres = self._centres(sums, counts, centres)
                 self._fill_empty(sample, centres, own, counts)
@@ -209,16 +209,16 @@ class KMeans:
     def nearest(self, rows: Tensor, centres: Tensor) -> Tensor:
         """The cluster of every row, int64; the smaller number of equals."""
         search = _search(centres, self.spherical, self.engine)
-        step = max(1, min(8192, PRODUCTS // len(centres)))
+        step = max(1, min(BLOCK_ROWS, PRODUCTS // len(centres)))
         parts = [search(rows[first : first + step]) for first in range(0, len(rows), step)]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
     def distances(self, rows: Tensor, centres: Tensor, own: Tensor) -> Tensor:
         """1 − ⟨x, c⟩, or ‖x − c‖ if plain, of every row to its own centre, float64."""
         parts = []
-        for first in range(0, len(rows), 8192):
-            block = rows[first : first + 8192].double()
-            near = centres[own[first : first + 8192]].double()
+        for first in range(0, len(rows), BLOCK_ROWS):
+            block = rows[first : first + BLOCK_ROWS].double()
+            near = centres[own[first : first + BLOCK_ROWS]].double()
             if self.spherical:
                 parts.append((1 - (block * near).sum(1)).clamp_min(0))
             else:
@@ -261,9 +261,8 @@ def add_by_cluster(
     """
     from scipy.sparse import csr_array
 
-    step = 8192
-    for first in range(0, len(rows), step):
-        block, cluster = rows[first : first + step], own[first : first + step]
+    for first in range(0, len(rows), BLOCK_ROWS):
+        block, cluster = rows[first : first + BLOCK_ROWS], own[first : first + BLOCK_ROWS]
         fixed = (block.double() * scale).round_().numpy()
         ones = np.full(len(fixed), float(sign))
         at = (cluster.numpy(), np.arange(len(fixed)))
@@ -300,6 +299,11 @@ def sample_rows(
     def taken(number: int) -> Tree:
         return source.take_from(number, chosen[number], metric)
 
-    rows = torch.cat(source.each(work, "rows", taken))
-    order = np.argsort(every[every <= limit], kind="stable")
-    return rows[torch.from_numpy(order)][:count]
+    parts = source.each(work, "rows", taken)
+    order = torch.from_numpy(np.argsort(every[every <= limit], kind="stable"))
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    rows = torch.empty(len(order), source.width)
+    for where in place.split([len(part) for part in parts]):
+        rows[where] = parts.pop(0)
+    return rows[:count]
