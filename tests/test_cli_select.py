@@ -162,3 +162,11 @@ def test_the_work_of_another_selection_makes_room(rows: Path, tmp_path: Path) ->
     assert select(rows, *words, "--out", tmp_path / "kept.parquet").exit_code == 0
     assert not old.exists()
     assert mine.exists(), "what has no mark is somebody else's"
+
+
+def test_prune_refuses_what_select_runs_before_it_trains(tmp_path: Path) -> None:
+    words = ["--data", "digits", "--method", "density", "--budget", "keep=0.5"]
+    result = CliRunner().invoke(main, ["prune", "zoo:mlp", *words, "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert "secateurs select runs this one" in result.stderr
+    assert not (tmp_path / "run").exists()
