@@ -59,7 +59,7 @@ class Duplicates:
         return sum(int(mask.sum()) for mask in self.found)
 
 
-def like_an_earlier(rows: Tensor, tile: int = 4096) -> tuple[Tensor, Tensor]:
+def like_an_earlier(rows: Tensor, tile: int = 1024) -> tuple[Tensor, Tensor]:
     """Of rows in their order: the largest cosine to an earlier one, and which that is.
 
     The first has cosine −inf. It takes tile × tile products at once.

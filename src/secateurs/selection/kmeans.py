@@ -244,7 +244,7 @@ def _search(centres: Tensor, spherical: bool, engine: Engine) -> Any:
 
 def fixed_point_scale(rows: Tensor) -> float:
     """A power of two: entries times it are rounded to whole numbers before they are summed."""
-    largest = max(float(rows.abs().max()), 2.0**-100)
+    largest = max(float(rows.max()), -float(rows.min()), 2.0**-100)  # abs() would be a copy
     return 2.0 ** (FRACTION_BITS - math.ceil(math.log2(largest)))
 
 
