@@ -3,9 +3,26 @@
 Paper: arXiv 2401.04578. Classes 0 to 4 of Fashion-MNIST are 8 images, 100 noisy copies of each;
 classes 5 to 9 are 200 images each. Embeddings are centred pixels, k = 40, no search for
 duplicates unless said; logistic regression on what is kept, balanced accuracy on 3000 held-out
-images, means of SEEDS seeds. Measured:
+images, means of 6 seeds, about 90 s of one core. Measured:
 
-MEASURED
+                                  150 kept      400 kept
+    random                          68.4 ± 2.6    70.8 ± 1.6
+    density, random inside          66.9 ± 2.8    69.6 ± 3.5
+    density, easy inside            62.1 ± 4.9    63.7 ± 4.4
+    density, hard inside            41.2 ± 3.4    52.3 ± 3.3
+    equal quotas, hard inside       42.9 ± 3.8    51.4 ± 4.8
+    hardest of all (prototypes)     27.2 ± 2.9    36.8 ± 3.7
+    no copies, random               57.6 ± 1.6    61.0 ± 1.4
+    no copies, density, hard        50.4 ± 2.8    60.3 ± 1.7
+    all 5000 rows                   67.6 ± 2.5
+
+Against plain prototypes, which take the farthest rows of all, the paper's claim holds by 14 points
+and more: every cluster has a quota. That complex clusters get more shows nothing here: equal
+quotas do as well within their spread, while the card measured them 2.5 and 6 points below. The
+card's random rows inside the quotas beat random rows by 3 points; here they do not. With so few
+rows the typical ones win, as arXiv 2206.14486 predicts: random rows, inside quotas or anywhere, are
+far ahead of hard ones, which are the paper's default and meant for much data. Without the copies
+random rows lose and hard ones gain: each of the first five classes then has 8 rows of about 1040.
 """
 
 import statistics
