@@ -173,10 +173,14 @@ def _galleries(selection: Selection, images: str | None) -> list[Gallery]:
     pairs = selection.pairs[:PAIRS_SHOWN]
     if pairs:
         shelves = [
-            ("alike", [sample(row, f"cosine {c:.4f}"), sample(like, "is kept before it")])
+            ("alike", [sample(row, f"cosine {c:.4f}"), sample(like, "like this one")])
             for row, like, c in pairs
         ]
-        galleries.append(Gallery("Duplicates", _paired(shelves), f"{len(pairs)} of those found."))
+        told = (
+            f"{len(pairs)} of {numbers.plain(selection.count('duplicate'))} that were found: first "
+            "the one that goes, then the one that it is like."
+        )
+        galleries.append(Gallery("Duplicates", _paired(shelves), told))
     return galleries
 
 
