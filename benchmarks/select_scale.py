@@ -19,8 +19,8 @@ before the sample was held once, which takes a quarter of a GB less):
     200,000      50,000     9,456        532       61       304.5          1.71
     400,000     100,000    18,941        775       75       187.8          1.71
 
-So 47 s of fitting and 70 s for a million rows. Of the resident set 0.6 GB are Python, torch and what
-the methods import; the sample is 0.26 GB.
+So 47 s of fitting and 70 s for a million rows. Of the resident set 0.6 GB are Python, torch and
+what the methods import; the sample is 0.26 GB.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from secateurs.api import select
-from secateurs.errors import InputError, described, require
+from secateurs.errors import InputError, described, library, require
 from secateurs.registry import create, options_as_dict
 from secateurs.selection.embeddings import Embeddings
 from secateurs.selection.files import Names, open_files
@@ -49,6 +49,7 @@ def select_files(
     What is finished lies in a hidden folder beside `out` until all is; its name follows the data
     and the options, so the same call goes on and another begins anew.
     """
+    library("pyarrow.parquet", "data")  # what the answer is written with
     _check_out(out)
     chosen = create(method, options)
     chosen.accept(f"keep={keep}")
