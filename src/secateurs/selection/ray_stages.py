@@ -7,6 +7,7 @@ shards are exact (see `secateurs.selection.kmeans`), so the answers are those of
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ def computed_on_ray(compute: Callable[[int], Tree], numbers: Sequence[int]) -> I
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     shared = ray.put(compute)
 
     def stage(row: dict[str, Any]) -> dict[str, Any]:
