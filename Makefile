@@ -29,6 +29,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]' \
 		-e '.[vision,hf,weights,onnx,explain,report,track,lightning,distributed]'
 		-e '.[vision,hf,weights,onnx,report,track,lightning,distributed,federated]'
+		-e '.[vision,hf,weights,onnx,data,report,track,lightning,distributed]'
 	@touch $@
 
 demo: $(VENV)/.demo

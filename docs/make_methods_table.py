@@ -14,7 +14,9 @@ HEAD = """# Methods
 
 Written by `make docs` from the registry; do not edit. Run a method with
 `secateurs prune MODEL --data DATA --method NAME --budget BUDGET`, or in Python with
-`secateurs.prune(model, "NAME", budget, task)`.
+`secateurs.prune(model, "NAME", budget, task)`; one that chooses samples (a Selector) with
+`secateurs select EMBEDDINGS --method NAME --keep FRACTION --out FILE.parquet`, or
+`secateurs.select(source, "NAME", keep)`.
 
 | name | what it does | paper | unit | when | kind | budgets |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -32,6 +34,8 @@ def row(name: str, cls: type) -> str:
 
 def section(name: str, cls: type) -> str:
     lines = [f"## {name}", "", inspect.cleandoc(cls.__doc__ or ""), ""]
+    if cls.aliases:
+        lines += ["Also called " + ", ".join(f"`{alias}`" for alias in cls.aliases) + ".", ""]
     if cls.paper:
         lines += [
             f"Paper: {cls.paper.title}, {cls.paper.venue} {cls.paper.year}, {cls.paper.id}.",

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from secateurs.cli import main, plain_default
+from secateurs.method import Selector
 from secateurs.registry import list_methods, options_of
 
 QUICK = ["--epochs", "0.2", "--finetune-epochs", "0.1", "--no-latency", "--threads", "1"]
@@ -35,7 +36,8 @@ def prune(*words: object, model: object = "zoo:convnet") -> list[object]:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "prune", "run", "resume", "bench", "merge", "methods", "inspect", "report"]
+    "command",
+    ["demo", "prune", "select", "run", "resume", "bench", "merge", "methods", "inspect", "report"],
 )
 def test_every_command_explains_itself(command: str) -> None:
     result = invoke(command, "--help")
@@ -50,14 +52,18 @@ def test_without_a_command_there_is_the_help() -> None:
     assert len(result.output.splitlines()) > 10
 
 
-def test_help_of_prune_lists_every_method() -> None:
-    output = invoke("prune", "--help").output
-    assert all(name in output for name in list_methods())
+def test_help_lists_every_method_with_its_command() -> None:
+    shown = {command: invoke(command, "--help").output for command in ("prune", "select")}
+    for name, cls in list_methods().items():
+        selects = issubclass(cls, Selector)
+        assert name in shown["select" if selects else "prune"]
+        assert name not in shown["prune" if selects else "select"]
 
 
 @pytest.mark.parametrize("name", list(list_methods()))
 def test_help_of_a_method_shows_its_fields_with_types_and_defaults(name: str) -> None:
-    output = " ".join(invoke("prune", "--method", name, "--help").output.split())
+    command = "select" if issubclass(list_methods()[name], Selector) else "prune"
+    output = " ".join(invoke(command, "--method", name, "--help").output.split())
     for item in options_of(list_methods()[name]):
         assert "--" + item.name.replace("_", "-") in output
         assert "".join(item.help.split()) in "".join(output.split())

@@ -1,9 +1,9 @@
 """secateurs: prune everything a neural network is made of and fed with."""
 
-from secateurs.api import axes, prune, prune_checkpoint, train_with
+from secateurs.api import axes, prune, prune_checkpoint, select, train_with
 from secateurs.deploy.delta_file import SparseDelta, load_delta, merge
 from secateurs.errors import DivergedError, InputError, SecateursError
-from secateurs.method import Codec, Method, Procedure, Pruner, TrainingPruner
+from secateurs.method import Codec, Method, Procedure, Pruner, Selector, TrainingPruner
 from secateurs.outcome import Outcome, load, save
 from secateurs.parts.budgets import Budget
 from secateurs.parts.masks import Masks
@@ -33,6 +33,7 @@ __all__ = [
     "Procedure",
     "Pruner",
     "SecateursError",
+    "Selector",
     "SparseDelta",
     "Tags",
     "Task",
@@ -55,5 +56,6 @@ __all__ = [
     "prune_checkpoint",
     "register",
     "save",
+    "select",
     "train_with",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,15 @@ from torch import nn
 from secateurs.deploy.timing import TABLE, check_engines, compare_latency, latency_rows
 from secateurs.devices import device_of
 from secateurs.errors import InputError, described, require
-from secateurs.method import Codec, Method, Procedure, Pruner, TrainingPruner, masked_outcome
+from secateurs.method import (
+    Codec,
+    Method,
+    Procedure,
+    Pruner,
+    Selector,
+    TrainingPruner,
+    masked_outcome,
+)
 from secateurs.outcome import Outcome, Promise
 from secateurs.parts.budgets import Budget
 from secateurs.parts.costs import measure_cost
@@ -28,6 +37,10 @@ from secateurs.training.loop import fit_once
 from secateurs.workspace import Workspace
 
 if TYPE_CHECKING:
+    from secateurs.selection.embeddings import Embeddings
+    from secateurs.selection.files import Names
+    from secateurs.selection.result import Selection
+    from secateurs.selection.sources import Encoder
     from secateurs.structure.axes import Structure
 
 
@@ -77,6 +90,10 @@ def prune(
     """
     chosen = create(method, options) if isinstance(method, str) else method
     require(not (options and not isinstance(method, str)), "options", options, "a method's name")
+    if isinstance(chosen, Selector):
+        raise InputError(
+            "method", chosen.name, "a method for models; secateurs.select runs this one"
+        )
     parsed = chosen.accept(budget)
     check_engines(engines)
     how = recovery(recover)
@@ -101,6 +118,122 @@ def prune(
     if not outcome.promise.kept:
         outcome.notes.append(f"budget {outcome.promise}")
     return outcome
+
+
+def select(
+    source: Any,
+    method: str | Method,
+    keep: float | str | Budget,
+    task: Task | None = None,
+    *,
+    ids: Any = None,
+    labels: Any = None,
+    scores: Mapping[str, Any] | None = None,
+    target: Any = None,
+    encoder: Encoder | None = None,
+    samples: Any = None,
+    names: Names | None = None,
+    seed: int = 0,
+    forbid_empty_classes: bool = False,
+    ray: str | None = None,
+    work: Workspace | None = None,
+    **options: Any,
+) -> Selection:
+    """Choose which samples of a data set to keep.
+
+    Args:
+        source: a path to Parquet, Arrow, npy or npz, one file or a folder of shards; a tensor
+            or array (rows, width); a mapping with ``embeddings`` and further columns; a Hugging
+            Face or torch data set, with an `encoder` where the method needs embeddings.
+        method: a name of `secateurs.list_methods`, or a method object.
+        keep: the fraction that stays, in (0, 1], or a budget such as ``keep=0.25``.
+        task: for methods that train, or look at the outputs of a model.
+        ids, labels: (rows,), where the source has none; rows are numbered without ids.
+        scores: further columns by name, (rows,) each, which methods may use.
+        target: another source, for methods that select for it.
+        encoder: from a batch of samples to embeddings, for data sets.
+        samples: the data set by row number, behind embeddings that were made from one, for the
+            pictures of the report.
+        names: of the columns in files, where they are not the usual ones.
+        seed: of everything random.
+        forbid_empty_classes: refuse a selection that leaves nothing of a class, which otherwise
+            is noted.
+        ray: address of a Ray cluster that does the work of the shards, or ``local``.
+        work: where finished shards are kept, so that a killed selection goes on.
+        options: hyper-parameters of the method, when it is given by name.
+
+    Returns:
+        The selection: ids, scores, clusters, and who stays.
+
+    Raises:
+        InputError: unknown method or option, rows that cannot be used (NaN, zero vectors under
+            cosine, ids that repeat), missing labels or columns, a fraction that cannot be kept.
+    """
+    from secateurs.selection.sources import as_embeddings
+
+    chosen = create(method, options) if isinstance(method, str) else method
+    require(not (options and not isinstance(method, str)), "options", options, "a method's name")
+    if not isinstance(chosen, Selector):
+        raise InputError(
+            "method", chosen.name, "a method for samples; secateurs.prune runs this one"
+        )
+    budget = chosen.accept(keep if isinstance(keep, str | Budget) else f"keep={keep}")
+    work = work or Workspace()
+    made = as_embeddings(
+        source, ids=ids, labels=labels, scores=scores, encoder=encoder, samples=samples,
+        names=names, work=work.child("source"),
+    )  # fmt: skip
+    aim = None
+    if target is not None:
+        aim = as_embeddings(target, encoder=encoder, names=names, work=work.child("target"))
+    _check_rows(chosen, made, aim, task)
+    made.check_ids(work)
+    with _cluster(ray, made):
+        selection = chosen.select(made, budget, task, target=aim, seed=seed, work=work)
+    selection.method, selection.options = chosen.name, options_as_dict(chosen)
+    selection.budget, selection.seed = str(budget), seed
+    reached = selection.kept / selection.total
+    selection.promise = selection.promise or Promise("keep", budget.value, reached, 1 / made.rows)
+    selection.check_classes(forbid=forbid_empty_classes)
+    if not selection.promise.kept:
+        selection.notes.append(f"budget {selection.promise}")
+    return selection
+
+
+@contextmanager
+def _cluster(address: str | None, source: Embeddings) -> Iterator[None]:
+    """Shards are worked on at a Ray cluster meanwhile, where there is an address."""
+    if address is None:
+        yield
+        return
+    from secateurs.ray_connection import connected
+
+    with connected(address):
+        source.ray = address
+        try:
+            yield
+        finally:
+            source.ray = None
+
+
+def _check_rows(
+    method: Selector, source: Embeddings, target: Embeddings | None, task: Task | None
+) -> None:
+    """Refuse a source without what the method needs."""
+    if "embeddings" in method.needs and not source.width:
+        raise InputError(
+            "embeddings", described("none"), f"{method.name} needs them, or an encoder"
+        )
+    if "labels" in method.needs and not source.labelled:
+        raise InputError("labels", None, f"a label for every row: {method.name} needs them")
+    if "scores" in method.needs and not source.columns:
+        raise InputError("scores", None, f"columns of numbers: {method.name} needs them")
+    if ("target" in method.needs) != (target is not None):
+        wanted = "the rows to select for" if "target" in method.needs else "none"
+        told = None if target is None else described(f"{target.rows} rows")
+        raise InputError("target", told, f"{wanted}, for {method.name}")
+    if task is None and set(method.needs) & {"batches", "training", "fresh-model"}:
+        raise InputError("task", None, f"a Task: {method.name} needs {', '.join(method.needs)}")
 
 
 def axes(model: nn.Module, example_inputs: Any) -> Structure:

@@ -120,7 +120,21 @@ class MethodCommand(click.Command):
                 formatter.write_dl(rows or [("(none)", "")])
         else:
             with formatter.section("Methods (--method NAME --help shows the options of one)"):
-                formatter.write_dl([(n, summary(cls)) for n, cls in list_methods().items()])
+                formatter.write_dl(
+                    [(n, summary(cls)) for n, cls in list_methods().items() if self.runs(cls)]
+                )
+
+    def runs(self, cls: type[Any]) -> bool:
+        """Whether a method is one for this command: here, those that prune models."""
+        return kind_of(cls) != "Selector"
+
+
+class SelectCommand(MethodCommand):
+    """The same for methods that choose samples."""
+
+    def runs(self, cls: type[Any]) -> bool:
+        """Those that choose samples."""
+        return kind_of(cls) == "Selector"
 
 
 def _method_in(args: Sequence[str]) -> str | None:
@@ -133,8 +147,7 @@ def _method_in(args: Sequence[str]) -> str | None:
 
 
 def _known(name: str) -> str:
-    method_class(name)
-    return name
+    return str(method_class(name).name)
 
 
 def summary(cls: type[Any]) -> str:
@@ -446,6 +459,68 @@ def prune_shards(**values: Any) -> None:
     click.echo(f"folder  {values['out']}")
 
 
+@main.command(cls=SelectCommand)
+@click.argument("source", metavar="EMBEDDINGS", type=click.Path(path_type=Path))
+@click.option("--method", required=True, metavar="NAME", help="how they are chosen, see below")
+@click.option("--keep", required=True, type=float, help="the fraction that stays, such as 0.25")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.parquet",
+    help="where ids, scores, clusters and who stays are written",
+)
+@click.option("--only-kept", is_flag=True, help="write only the rows that stay")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.html",
+    help="also write a page: what is kept of clusters and classes, examples, duplicates",
+)
+@click.option(
+    "--images",
+    metavar="COLUMN|HxW",
+    help="for the page: a column with the paths of pictures, or the shape that the embeddings "
+    "have as pictures (8x8, 32x32x3)",
+)
+@click.option(
+    "--embedding", metavar="COLUMN", help="[default: embedding, or the only one of lists]"
+)
+@click.option("--id", "id_column", metavar="COLUMN", help="[default: id; else rows are numbered]")
+@click.option("--label", metavar="COLUMN", help="[default: label]")
+@click.option("--target", type=click.Path(path_type=Path), help="embeddings to select for")
+@click.option("--forbid-empty-classes", is_flag=True, help="refuse to leave nothing of a class")
+@click.option("--ray", metavar="ADDRESS", help="work on a Ray cluster: its address, auto or local")
+@click.option("--seed", type=int, default=0, show_default=True, help="of everything random")
+@click.option("--threads", type=int, help="threads of torch [default: of the machine]")
+@json_option
+def select(**values: Any) -> None:
+    """Choose which rows of EMBEDDINGS to keep, and write the choice.
+
+    EMBEDDINGS is a Parquet, Arrow, npy or npz file, or a folder of such. They are read shard by
+    shard; the same command goes on where it was killed.
+    """
+    from secateurs.runs.selecting import select_files
+
+    cls = method_class(values["method"])
+    if kind_of(cls) != "Selector":
+        raise InputError("method", values["method"], "a method that chooses samples, see --help")
+    told = select_files(options=given_options(cls, values), watch=listening, **{
+        k: v for k, v in values.items() if not k.startswith("method__")})  # fmt: skip
+    if values["as_json"]:
+        click.echo(json.dumps(told))
+        return
+    from secateurs.report.console import selection_table
+
+    Console().print(selection_table(told))
+    for note in told["notes"]:
+        click.echo(f"note    {note}")
+    click.echo(f"kept    {told['kept']} of {told['rows']} rows")
+    click.echo(f"out     {values['out']}")
+    if values["report"] is not None:
+        click.echo(f"report  {values['report']}")
+
+
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @out_option
@@ -667,10 +742,10 @@ def method_row(name: str, cls: type[Any]) -> dict[str, Any]:
 
 
 def kind_of(cls: type[Any]) -> str:
-    """Pruner, TrainingPruner, Procedure or Codec."""
-    from secateurs.method import Codec, Procedure, Pruner, TrainingPruner
+    """Pruner, TrainingPruner, Procedure, Codec or Selector."""
+    from secateurs.method import Codec, Procedure, Pruner, Selector, TrainingPruner
 
-    kinds = (Pruner, TrainingPruner, Procedure, Codec)
+    kinds = (Pruner, TrainingPruner, Procedure, Codec, Selector)
     return next(k.__name__ for k in kinds if issubclass(cls, k))
 
 

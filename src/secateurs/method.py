@@ -6,6 +6,7 @@
 | `TrainingPruner` | a model and its optimizer, a budget | hangs on any training loop |
 | `Procedure` | a task, a budget | drives whole trainings |
 | `Codec` | a model and the base it was fine-tuned from, a budget | makes the difference small |
+| `Selector` | embeddings, scores or a task, how much to keep | chooses samples |
 
 A method is a frozen dataclass: hyper-parameters in, nothing stored. Running state lives in
 the object the user holds (an `Attachment`, an `Outcome`).
@@ -29,6 +30,8 @@ from secateurs.task import Task
 from secateurs.workspace import Workspace
 
 if TYPE_CHECKING:
+    from secateurs.selection.embeddings import Embeddings
+    from secateurs.selection.result import Selection
     from secateurs.training.attachment import Attachment
 
 
@@ -40,6 +43,7 @@ class Method(ABC):
     tags: ClassVar[Tags]
     budgets: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]] = ("nothing",)
+    aliases: ClassVar[tuple[str, ...]] = ()
 
     @property
     def time(self) -> str:
@@ -199,6 +203,40 @@ class Codec(Method):
             task: source of batches and metrics, for methods that look at outputs.
             seed: of whatever is random.
             work: where finished steps are kept.
+        """
+
+
+class Selector(Method):
+    """Chooses which samples of a data set stay.
+
+    Its ``needs`` say what of: ``embeddings`` and ``labels`` of the rows, ``scores`` (columns of
+    numbers), a ``target`` to be useful for, batches or ``training`` of a task.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("embeddings",)
+
+    @abstractmethod
+    def select(
+        self,
+        source: Embeddings,
+        keep: Budget,
+        task: Task | None = None,
+        *,
+        target: Embeddings | None = None,
+        seed: int = 0,
+        work: Workspace | None = None,
+    ) -> Selection:
+        """Choose rows of `source`.
+
+        Args:
+            source: rows in shards, with what the method needs of ids, labels, columns and
+                embeddings; the answer depends neither on their order nor on the cuts.
+            keep: ``keep=FRACTION``; `Budget.kept_samples` says how many rows that is.
+            task: for methods that train or look at outputs; its training set has the rows of
+                `source`, in their order.
+            target: what the kept rows are to be useful for.
+            seed: of whatever is random.
+            work: where finished shards are kept (`Embeddings.each`).
         """
 
 

@@ -96,11 +96,17 @@ class Tags:
 
 
 _METHODS: dict[str, type[Any]] = {}
+_ALIASES: dict[str, str] = {}
 T = TypeVar("T", bound=type[Any])
 
 
 def register(
-    name: str, *, paper: Paper | None, tags: Tags, budgets: tuple[str, ...]
+    name: str,
+    *,
+    paper: Paper | None,
+    tags: Tags,
+    budgets: tuple[str, ...],
+    aliases: tuple[str, ...] = (),
 ) -> Callable[[T], T]:
     """Class decorator that enters a method.
 
@@ -109,16 +115,23 @@ def register(
         paper: its source; None for plain baselines.
         tags: what it is.
         budgets: kinds of budget that it can honour.
+        aliases: shorter names that people may also type.
     """
 
     def enter(cls: T) -> T:
         entered: Any = cls
         require(dataclasses.is_dataclass(cls), "method", cls.__name__, "a dataclass")
         known = _METHODS.get(name)
+        require(_ALIASES.get(name, name) == name, "name", name, "a name that is no alias")
         again = (cls.__module__, cls.__qualname__)
         if known is not None and (known.__module__, known.__qualname__) != again:
             raise InputError("name", name, f"a name not taken by {known.__module__}")
         entered.name, entered.paper, entered.tags, entered.budgets = name, paper, tags, budgets
+        for alias in aliases:
+            free = alias not in _METHODS and _ALIASES.get(alias, name) == name
+            require(free, "alias", alias, "a name that is not taken")
+            _ALIASES[alias] = name
+        entered.aliases = aliases
         _METHODS[name] = cls
         return cls
 
@@ -162,21 +175,24 @@ def list_methods(pattern: str = "*", **wanted: str) -> dict[str, type[Any]]:
     }
 
 
-NEEDS = ("nothing", "inputs", "batches", "training", "fresh-model", "resize", "norm-scales", "base")
+NEEDS = ("nothing", "inputs", "batches", "training", "fresh-model", "resize", "norm-scales", "base",
+         "embeddings", "labels", "scores", "target")  # fmt: skip
 """What a method may ask for: example inputs, batches with a loss, a training set to train on, a
 function that makes a fresh model, a function that makes the model at another width, a model with
-normalisation layers that have scales, the base that the model was fine-tuned from."""
+normalisation layers that have scales, the base that the model was fine-tuned from; of samples
+their embeddings, labels or columns of scores, and the samples that they are to be useful for."""
 
 
 def method_class(name: str) -> type[Any]:
-    """The class of a method.
+    """The class of a method, by its name or an alias.
 
     Raises:
         InputError: no such method; the closest name is suggested.
     """
     discover()
+    name = _ALIASES.get(name, name)
     if name not in _METHODS:
-        raise unknown("method", name, _METHODS)
+        raise unknown("method", name, [*_METHODS, *_ALIASES])
     return _METHODS[name]
 
 

@@ -22,7 +22,8 @@ from secateurs.parts.budgets import FRACTIONS, QUANTITIES
 from secateurs.registry import NEEDS, VOCABULARY, Paper, create, options_as_dict, options_of
 from secateurs.settings import TrainSettings
 
-METHODS = sc.list_methods()
+METHODS = {n: m for n, m in sc.list_methods().items() if not issubclass(m, sc.Selector)}
+"""Those that prune models; `test_contract_samples.py` has those that choose samples."""
 BUDGETS = {
     "sparsity": "sparsity=0.5",
     "density": "density=0.4",

@@ -135,6 +135,19 @@ class Budget:
             return min(kept, prunable)
         raise InputError("budget", str(self), "sparsity=, density= or params= for single weights")
 
+    def kept_samples(self, total: int) -> int:
+        """How many of `total` samples stay under ``keep=FRACTION``, exact to one.
+
+        Raises:
+            InputError: another kind of budget, or a fraction that leaves nothing.
+        """
+        if self.kind != "keep":
+            raise InputError("budget", str(self), "keep=FRACTION for samples")
+        kept = round(self.value * total)
+        if kept < 1:
+            raise InputError("keep", self.value, f"a fraction that leaves one of {total} samples")
+        return kept
+
     def sparsity(self, prunable: int, fixed: int = 0) -> float:
         """The fraction of `prunable` weights that this budget removes."""
         return 1 - self.kept(prunable, fixed) / prunable

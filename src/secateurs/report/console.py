@@ -15,6 +15,9 @@ from rich.text import Text
 from secateurs.report import numbers
 from secateurs.report.headline import ENGINES, facts
 
+MANY_CLASSES = 20
+"""More classes than this are not listed."""
+
 
 def outcome_table(outcomes: Sequence[Mapping[str, Any]]) -> Table:
     """Before and after of one outcome, or a row each of several.
@@ -160,6 +163,29 @@ def methods_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             Text(", ".join(row["needs"])),
         )
     table.show_lines = True
+    return table
+
+
+def selection_table(selection: Mapping[str, Any]) -> Table:
+    """What a selection keeps, of every class where there are labels.
+
+    Args:
+        selection: `Selection.as_dict`.
+    """
+    table = _table(f"{selection['method']}, {selection['budget']}")
+    table.add_column("")
+    for column in ("rows", "kept", "share"):
+        table.add_column(column, justify="right", no_wrap=True)
+    groups = [("all", selection["rows"], selection["kept"])]
+    if len(selection["classes"]) <= MANY_CLASSES:
+        groups += [(f"class {c['class']}", c["rows"], c["kept"]) for c in selection["classes"]]
+    for name, rows, kept in groups:
+        share = numbers.share(kept / rows) if rows else numbers.MISSING
+        _row(table, name, numbers.plain(rows), numbers.plain(kept), share)
+    for reason in ("duplicate", "filtered"):
+        if count := selection[reason]:
+            share = numbers.share(count / selection["rows"])
+            _row(table, f"left out: {reason}", numbers.plain(count), "0", share)
     return table
 
 

@@ -27,6 +27,7 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-
 BLUE, ORANGE = PALETTE[0], PALETTE[1]
 GREY = "#8A8F98"
 GRID = "rgba(138, 143, 152, 0.22)"
+LIGHT = "rgba(138, 143, 152, 0.42)"
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 
 ROLES = {
@@ -764,6 +765,51 @@ def _axis_columns(
 
 
 # ---------------------------------------------------------------- history
+
+
+MANY_GROUPS = 40
+"""More groups than this stand side by side without their names."""
+
+
+def kept_of_groups(groups: Sequence[Mapping[str, Any]], what: str) -> go.Figure:
+    """Rows of every group, and in front of them those that are kept.
+
+    Args:
+        groups: ``name``, ``rows`` and ``kept``, in the order in which they are to stand.
+        what: the axis title, such as ``class``.
+
+    Raises:
+        InputError: no groups.
+    """
+    go = graph_objects()
+    require(bool(groups), "groups", list(groups), "at least one group")
+    few = len(groups) <= MANY_GROUPS
+    places = list(range(len(groups)))
+    hover = [
+        f"<b>{_text(what)} {_text(row['name'])}</b><br>{numbers.plain(row['kept'])} of "
+        f"{numbers.plain(row['rows'])} rows stay, "
+        f"{numbers.share(row['kept'] / row['rows'] if row['rows'] else None)}"
+        for row in groups
+    ]
+    traces = [
+        go.Bar(
+            x=places, y=[row[key] for row in groups], name=name, width=BAR if few else 1.0,
+            marker={"color": color, "line": {"width": 0}}, hovertext=hover, hoverinfo="text",
+        )
+        for key, name, color in (("rows", "all", LIGHT), ("kept", "kept", PALETTE[0]))
+    ]  # fmt: skip
+    figure = _figure(go, traces, 340, {"l": 62, "r": 16, "t": 34, "b": 62})
+    ticks: dict[str, Any] = {"showticklabels": False}
+    if few:
+        ticks = {"tickvals": places, "ticktext": [_text(_elided(r["name"], 14)) for r in groups]}
+    figure.update_layout(
+        barmode="overlay",
+        xaxis={**_line_axis(what), "showgrid": False, **ticks},
+        yaxis=_line_axis("rows"),
+        legend={"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"},
+        showlegend=True,
+    )
+    return figure
 
 
 def has_rounds(history: Sequence[Mapping[str, Any]], metric: str) -> bool:

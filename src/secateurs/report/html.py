@@ -145,6 +145,24 @@ class Tile:
     before: str
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A sample: its picture as a data URI (or none), what stands below, whether it is kept."""
+
+    image: str
+    caption: str
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Rows of pictures, each row with a name."""
+
+    title: str
+    rows: Sequence[tuple[str, Sequence[Picture]]]
+    caption: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Section:
     """One outcome, or the outcomes of one method over several seeds."""
@@ -157,6 +175,7 @@ class Section:
     speed: str = ""
     plots: Sequence[Plot] = ()
     tables: Sequence[Table] = ()
+    galleries: Sequence[Gallery] = ()
     notes: Sequence[str] = ()
 
 

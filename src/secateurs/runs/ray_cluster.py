@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateurs.errors import InputError, SecateursError
+from secateurs.errors import SecateursError
+from secateurs.ray_connection import connected
 from secateurs.runs.matrix import Bench, Job, result_row
 from secateurs.runs.run import Run, locked
 from secateurs.runs.workers import Watch, time_outcomes, train_dense
@@ -35,34 +36,11 @@ def run_on_ray(bench: Bench, address: str, watch: Watch = lambda bench: None) ->
     Raises:
         InputError: Ray is not installed, or there is no cluster at the address.
     """
-    ray = _connected(address)
-    try:
-        with locked(bench.folder / ".lock", "benchmark"):
-            bench.reopen()
-            _drive(ray, bench, watch)
-            if bench.matrix.latency:
-                time_outcomes(bench)
-    finally:
-        ray.shutdown()
-
-
-def _connected(address: str) -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise InputError(
-            "ray", address, "an installed ray: pip install secateurs[distributed]"
-        ) from None
-    try:
-        ray.init(
-            address=None if address == "local" else address,
-            log_to_driver=False,
-            include_dashboard=False if address == "local" else None,
-            logging_level="error",
-        )
-    except (ConnectionError, ValueError) as error:
-        raise InputError("ray", address, f"the address of a cluster, or local ({error})") from None
-    return ray
+    with connected(address) as ray, locked(bench.folder / ".lock", "benchmark"):
+        bench.reopen()
+        _drive(ray, bench, watch)
+        if bench.matrix.latency:
+            time_outcomes(bench)
 
 
 def _drive(ray: Any, bench: Bench, watch: Watch) -> None:

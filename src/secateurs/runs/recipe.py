@@ -28,7 +28,7 @@ import yaml
 
 from secateurs.deploy.timing import check_engines
 from secateurs.errors import InputError, described, require, unknown
-from secateurs.method import Method, Pruner
+from secateurs.method import Method, Pruner, Selector
 from secateurs.recovery import recovery
 from secateurs.registry import build, create
 from secateurs.settings import TrainSettings
@@ -90,6 +90,9 @@ class Stage:
     def build_method(self) -> Method:
         """The method of a ``prune`` stage."""
         method = create(self.method, self.options)
+        if isinstance(method, Selector):
+            accepted = "a method for models; secateurs select runs this one"
+            raise InputError("method", self.method, accepted)
         assert isinstance(method, Method)
         return method
 

@@ -1,0 +1,1 @@
+"""Methods that choose which samples of a data set to keep."""

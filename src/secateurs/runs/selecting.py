@@ -1,0 +1,116 @@
+"""A selection from files to a file: where its unfinished work lies, and what it leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from secateurs.api import select
+from secateurs.errors import InputError, described, library, require
+from secateurs.registry import create, options_as_dict
+from secateurs.selection.embeddings import Embeddings
+from secateurs.selection.files import Names, open_files
+from secateurs.selection.result import SUFFIX, Selection
+from secateurs.state import write_json
+from secateurs.workspace import Workspace
+
+MARK = "selection.json"
+"""What is in a folder of unfinished work, so that nothing else is ever deleted."""
+
+
+def select_files(
+    *,
+    source: Path,
+    method: str,
+    keep: float,
+    out: Path,
+    only_kept: bool,
+    report: Path | None,
+    images: str | None,
+    embedding: str | None,
+    id_column: str | None,
+    label: str | None,
+    target: Path | None,
+    forbid_empty_classes: bool,
+    ray: str | None,
+    seed: int,
+    threads: int | None,
+    as_json: bool,
+    options: dict[str, Any],
+    watch: Callable[[bool], AbstractContextManager[list[Any]]],
+) -> dict[str, Any]:
+    """Select, write the file and the page, and give the facts as plain values.
+
+    What is finished lies in a hidden folder beside `out` until all is; its name follows the data
+    and the options, so the same call goes on and another begins anew.
+    """
+    library("pyarrow.parquet", "data")  # what the answer is written with
+    _check_out(out)
+    chosen = create(method, options)
+    chosen.accept(f"keep={keep}")
+    names = Names(embedding, id_column, label)
+    rows = open_files(source, names)
+    aim = None if target is None else open_files(target, names)
+    if report is not None:
+        from secateurs.report.inspection import check_page
+        from secateurs.report.pictures import check_pictures
+
+        check_page(report)
+        check_pictures(rows, images)
+    if threads is not None:
+        import torch
+
+        require(threads >= 1, "threads", threads, "at least 1")
+        torch.set_num_threads(threads)
+    told = {
+        "method": method, "options": options_as_dict(chosen), "keep": keep, "seed": seed,
+        "columns": vars(names), "source": _fingerprint(rows), "target": aim and _fingerprint(aim),
+    }  # fmt: skip
+    folder = _work_folder(out, told)
+    try:
+        with watch(as_json) as listeners:
+            selection = select(
+                rows, chosen, keep, target=aim, seed=seed, ray=ray,
+                forbid_empty_classes=forbid_empty_classes, work=Workspace(folder, listeners),
+            )  # fmt: skip
+            selection.write(out, only_kept=only_kept)
+            if report is not None:
+                _write_page(report, selection, source.name, images)
+    except InputError:
+        shutil.rmtree(folder)  # nothing would go on from it
+        raise
+    shutil.rmtree(folder)
+    return {**selection.as_dict(), "out": str(out)}
+
+
+def _check_out(out: Path) -> None:
+    require(out.suffix == SUFFIX, "out", str(out), f"a file that ends in {SUFFIX}")
+    parent = next(p for p in out.absolute().parents if p.exists())
+    require(parent.is_dir(), "out", str(out), described("a file in a folder that can be written"))
+
+
+def _write_page(path: Path, selection: Selection, title: str, images: str | None) -> None:
+    from secateurs.report.selection import write_selection
+    from secateurs.runs.run import environment
+
+    write_selection(path, selection, title=title, images=images, environment=environment())
+
+
+def _fingerprint(source: Embeddings) -> list[str]:
+    return [shard.fingerprint() for shard in source.shards]
+
+
+def _work_folder(out: Path, told: dict[str, Any]) -> Path:
+    """The folder of this very selection; those of others for the same file are removed."""
+    identity = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+    folder = out.parent / f".{out.name}.{identity[:16]}"
+    for other in out.parent.glob(f".{out.name}.*"):
+        if other != folder and (other / MARK).is_file():
+            shutil.rmtree(other)
+    write_json(folder / MARK, told)
+    return folder
