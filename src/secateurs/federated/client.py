@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.analysis.recalibration import recalibrate
+from secateurs.devices import device_of, to_device
 from secateurs.errors import described, library, require
 from secateurs.federated.candidates import POOLED, candidate_of
 from secateurs.federated.growth import inactive_gradients
@@ -43,7 +44,7 @@ from secateurs.federated.partition import indexed, restricted
 from secateurs.federated.statistics import set_statistics, statistics_of, tracked_norms
 from secateurs.parts.masks import Masks
 from secateurs.state import model_state
-from secateurs.task import Task, batch_size, head, to_device
+from secateurs.task import Task, batch_size, head
 from secateurs.training.keeping import MaskKeeper
 from secateurs.training.loop import fit, own_randomness
 from secateurs.training.order import batches_from, mix, steps_per_epoch
@@ -274,7 +275,7 @@ class _Client:
 
     def _growth(self, masks: Masks, counts: Mapping[str, int], seed: int, step: int) -> Arrays:
         """The largest gradients of removed weights, as positions and values."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         self.model.train()
         loader, source = self.task.training_loader(), self.config["grow-data"]
         if source == "all":

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from secateurs.devices import device_of
 from secateurs.errors import require
 from secateurs.federated.engine import run_clients
 from secateurs.federated.partition import divide, labels_of, restricted
@@ -108,7 +109,7 @@ class FederatedProcedure(Procedure):
         model.load_state_dict(tree["model"])
         outcome = masked_outcome(
             model,
-            Masks.unpack(tree["masks"], tree["shapes"]).to(next(model.parameters()).device),
+            Masks.unpack(tree["masks"], tree["shapes"]).to(device_of(model)),
             notes=list(tree["notes"]),
             history=tree["history"],
             tables=tree["tables"],

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateurs.devices import device_of, to_device
 from secateurs.errors import InputError, described, require
 from secateurs.parts.gates import batch_means, binary_gate
 from secateurs.structure.switches import Switch, Target, factor
-from secateurs.task import Task, seeded, to_device
+from secateurs.task import Task, seeded
 from secateurs.training.order import batches_from, steps_per_epoch
 
 
@@ -185,7 +186,7 @@ class Votes:
 def votes(gated: Gated, task: Task, seed: int) -> Votes:
     """What the gates say over an epoch of the task's training data, in eval mode."""
     loader = task.training_loader()
-    device = next(gated.parameters()).device
+    device = device_of(gated)
     sums: dict[str, dict[str, Any]] = {"gates": {}, "probabilities": {}}
     samples, training = 0, gated.training
     gated.eval()

@@ -48,6 +48,7 @@ from secateurs.analysis.relevance import (
     relevance,
     responses,
 )
+from secateurs.devices import device_of, to_device
 from secateurs.errors import InputError, described, require
 from secateurs.method import Pruner
 from secateurs.outcome import Outcome
@@ -63,7 +64,7 @@ from secateurs.structure.masking import exact, masked
 from secateurs.structure.removal import promise_of, remove
 from secateurs.structure.scores import Normalize, UnitScores, aggregated, normalized, unit_sums
 from secateurs.structure.trace import Trace, trace
-from secateurs.task import Task, to_device
+from secateurs.task import Task
 from secateurs.training.batches import class_balanced
 from secateurs.training.loop import fit_once
 from secateurs.training.order import mix
@@ -153,7 +154,7 @@ class PruningByExplaining(Pruner):
             raise InputError("task", None, "a Task: relevance is that of labelled samples")
         prunable_parameters(model)  # refuses what has no weights, or NaN in them
         training, outcome = model.training, Outcome(model)
-        references = self._references(task, seed, next(model.parameters()).device)
+        references = self._references(task, seed, device_of(model))
         structure = Structure(trace(model, references[0][0]))
         dense, axes = structure_cost(structure, budget, task.example_inputs), len(structure.free)
         size = max(1, int(self.step * units_cost(structure)(lambda axis: axis.size)))
