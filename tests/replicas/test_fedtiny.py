@@ -20,6 +20,9 @@ global magnitude, SNIP and random ones, by 2.8 points, less than the spread, of 
 magnitude mask that is its single candidate. Its parts do not show alone. Adjusting helps the
 selected candidate on every seed (4 to 8 points), the single one not at all (the card: +4);
 selecting without adjusting costs 3 points (the card: at this density all losses are at chance).
+The network matters: on `zoo:convnet`, whose pooled features leave its classifier 8 weights at this
+density, FedTiny reached 57.3 on seed 0, global magnitude 73.8 and random masks 39.3; the one here,
+whose head reads 256 features, was taken after that.
 Clients' memory is the same for all: kernels are dense here, and looking for gradients takes no
 more than a step of training.
 
