@@ -21,8 +21,9 @@ and more: every cluster has a quota. That complex clusters get more shows nothin
 quotas do as well within their spread, while the card measured them 2.5 and 6 points below. The
 card's random rows inside the quotas beat random rows by 3 points; here they do not. With so few
 rows the typical ones win, as arXiv 2206.14486 predicts: random rows, inside quotas or anywhere, are
-far ahead of hard ones, which are the paper's default and meant for much data. The bounds below were
-set after a first run on the same seeds, in which the arms without copies had another threshold. Without the copies
+far ahead of hard ones, which are the paper's default and meant for much data. The bounds below
+were set after a first run on the same seeds, in which the arms without copies had another
+threshold. Without the copies
 random rows lose and hard ones gain: each of the first five classes then has 8 rows of about 1040.
 """
 
