@@ -21,8 +21,7 @@ and 3.9 at 0.005; it does not matter what is masked at equal densities; PreConfi
 with 80 % of the parameters. What does not: channels chosen by L1 at the same number of parameters
 are better at 0.02, and random ones as good. Epochs and batch size were settled after a first run,
 which was too short and had shown the test samples. PreCrop spends 5.5 % of the MACs there, those
-3.5 and
-1.9: all layers being worth the same, the early ones stay wide.
+3.5 and 1.9: all layers being worth the same, the early ones stay wide.
 """
 
 import math
