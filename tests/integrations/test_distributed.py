@@ -30,7 +30,7 @@ def run(processes: int, method: str, out: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("method", ["gmp", "granet"])
+@pytest.mark.parametrize("method", ["gmp", pytest.param("granet", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(method: str, tmp_path: Path) -> None:
     run(1, method, tmp_path / "one")
     run(2, method, tmp_path / "two")

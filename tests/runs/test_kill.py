@@ -173,7 +173,10 @@ def test_a_run_killed_at_20_moments_ends_the_same(trials: Trials, tmp_path: Path
         assert len(done) == len(set(done)), "a finished step was run again"
 
 
-def test_a_benchmark_killed_at_random_moments_ends_the_same(trials: Trials, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_benchmark_killed_at_random_moments_ends_the_same(
+    trials: Trials, tmp_path: Path, kills: int
+) -> None:
     from secateurs.runs.matrix import Bench
 
     def rows(folder: Path):
@@ -185,8 +188,10 @@ def test_a_benchmark_killed_at_random_moments_ends_the_same(trials: Trials, tmp_
     chance = random.Random(1)
     target = tmp_path / "killed"
     done: list[dict] = []
-    for _ in range(20):
-        alive = kill_after(trials, "bench", MATRIX, target, chance.uniform(0, 0.2 * seconds))
+    for _ in range(kills):
+        # so that they spread over the whole of it: every start costs an import of torch
+        moment = chance.uniform(0, 4 / kills * seconds)
+        alive = kill_after(trials, "bench", MATRIX, target, moment)
         if not (target / "bench.sqlite").is_file():
             continue
         bench = Bench(target)
