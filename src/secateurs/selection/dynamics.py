@@ -44,7 +44,7 @@ from secateurs.selection.score_table import hashed
 from secateurs.settings import TrainSettings
 from secateurs.state import Tree
 from secateurs.task import Task, logits_of, to_device
-from secateurs.training.loop import fit, fit_once, total_steps
+from secateurs.training.loop import fit, total_steps
 from secateurs.training.order import mix, steps_per_epoch
 from secateurs.training.subset import BATCH, ROWS, in_order, numbered, task_on, training_rows
 from secateurs.workspace import Workspace
@@ -331,7 +331,7 @@ class Watch:
         watch = Watch(task, [Forgetting(rows)])
         fit(model, watch.task, settings, attach=watch.attach)
 
-    It is one of the hooks of that training: kept in its snapshots, given back by `fit_once`.
+    It is one of the hooks of that training, and kept in its snapshots.
 
     Raises:
         InputError: rows have no numbers (see `training_rows`), or several processes train, each
@@ -450,12 +450,19 @@ def watched_scores(
     stop_step: int | None = None,
 ) -> None:
     """Tell an accumulator all that one training shows."""
-    watch = Watch(task, [accumulator])
-    trained = fit_once(
-        task.fresh_model(seed), watch.task, settings or task.training,
-        seed=seed, stop_step=stop_step, work=work, name=name, attach=watch.attach,
-    )  # fmt: skip
-    watch.load_state_dict(trained.hooks[0])
+    settings, work = settings or task.training, work or Workspace()
+
+    def compute() -> Tree:
+        watch = Watch(task, [accumulator])
+        fit(
+            task.fresh_model(seed), watch.task, settings,
+            seed=seed, stop_step=stop_step, work=work, name=f"{name}-training",
+            attach=watch.attach,
+        )  # fmt: skip
+        return accumulator.state_dict()
+
+    accumulator.load_state_dict(work.once(name, compute))
+    work.drop_snapshot(f"{name}-training")
 
 
 def forgetting_scores(
