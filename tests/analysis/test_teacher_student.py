@@ -124,7 +124,7 @@ def test_perceptrons_that_are_drawn_pruned_and_trained_do_so(load, keep, order):
     assert abs(np.mean(errors) - theory) < 2.5 * spread + 0.006
 
 
-def test_a_pruner_that_looks_astray_is_worse_and_the_same_if_it_keeps_all():
+def test_a_pruner_a_little_astray_is_worse_than_one_that_knows_nothing():
     def mean(angle, keep):
         seeds = range(6)
         return np.mean([
@@ -132,7 +132,7 @@ def test_a_pruner_that_looks_astray_is_worse_and_the_same_if_it_keeps_all():
         ])  # fmt: skip
 
     assert mean(0.7, 1.0) == pytest.approx(mean(0.0, 1.0))
-    assert mean(0.0, 0.2) < mean(0.3, 0.2) < mean(1.2, 0.2)
+    assert mean(0.0, 0.2) + 0.05 < mean(math.pi / 2, 0.2) < mean(0.3, 0.2) - 0.03
 
 
 def test_the_largest_margin_of_points_that_are_known():

