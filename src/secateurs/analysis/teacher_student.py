@@ -202,7 +202,7 @@ def crossover(keep: float, low: float = 0.5, high: float = 60.0) -> float:
     """
 
     def gap(load: float) -> float:
-        hard, easy = (perceptron_theory(load, keep, end).error for end in ("hard", "easy"))  # type: ignore[arg-type]
+        hard, easy = (perceptron_theory(load, keep, end).error for end in ("hard", "easy"))
         return hard - easy
 
     if not gap(low) > 0 > gap(high):
