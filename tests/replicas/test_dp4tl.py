@@ -4,9 +4,19 @@ Paper: arXiv 2310.08782. Source: 10 classes of Fashion-MNIST and 10 of scikit-le
 28x28, 90 images each. Target: 5 other digits a class, shifted by (1, 2) pixels, at 70 % contrast.
 Surrogate and student are the same network of two convolutions, 250 Adam steps, 20 outputs
 whatever is kept; 6 of 20 classes stay; accuracy on 500 more digits of a linear probe on the frozen
-features, means of SEEDS seeds. Measured:
+features, means of 8 seeds (about 3 minutes of one core):
 
-MEASURED
+    kept of the source    accuracy
+    all 20 classes        88.5 ± 2.2
+    label mapping         91.3 ± 1.5
+    feature mapping       91.2 ± 1.6
+    6 classes at random   88.0 ± 2.6
+    the 6 last in votes   85.8 ± 2.7
+    nothing (untrained)   83.8 ± 4.3
+
+Both mappings keep digits only: all of their votes, with every seed. A target with inverted polarity
+still goes to digits, but to one class of them (47, 49 and 28 of 50 votes, where 11, 12 and 16 went
+to the first before): two of three seeds are noted. The card's trial saw it go to other classes.
 """
 
 import statistics
@@ -156,19 +166,17 @@ def test_a_third_of_the_classes_is_enough_if_they_are_the_right_ones(pictures):
 
 
 def test_an_inverted_target_is_not_understood_and_a_note_says_so(pictures):
-    told = 0
+    told = {"plain": [], "inverted": []}
     for seed in range(3):
         task, shots, _ = world(pictures, seed)
         surrogate = trained(task, seed)
         source = {"labels": task.train.dataset.targets}
-        votes, notes = {}, {}
         for name, images in (("plain", shots[0]), ("inverted", 1 - shots[0])):
-            found = sc.select(source, "dp4tl", KEEP, target=surrogate(images).numpy(),
-                              mapping="label")  # fmt: skip
-            votes[name] = sum(row["votes"] for row in found.by_cluster() if row["group"] >= 10)
-            notes[name] = any("may not understand" in note for note in found.notes)
-        print(votes, notes)
-        assert votes["inverted"] < votes["plain"] / 2
-        assert not notes["plain"]
-        told += notes["inverted"]
-    assert told >= 2
+            logits = surrogate(images).numpy()
+            found = sc.select(source, "dp4tl", KEEP, target=logits, mapping="label")
+            top = max(row["votes"] for row in found.by_cluster())
+            told[name].append((top, any("may not understand" in note for note in found.notes)))
+    print("\n   ", told)
+    assert not any(noted for _, noted in told["plain"])
+    assert sum(noted for _, noted in told["inverted"]) >= 2
+    assert max(top for top, _ in told["plain"]) < min(top for top, _ in told["inverted"])

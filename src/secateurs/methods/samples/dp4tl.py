@@ -26,7 +26,9 @@ another, and the answer notes which. A surrogate that sends most of the target t
 little of it (inverted or noisy images do that): then there is a note. Labels are left as they are:
 whoever trains on the rest numbers them anew, or keeps a head of K outputs.
 
-Measured (tests/replicas/test_dp4tl.py): MEASURED
+Measured (tests/replicas/test_dp4tl.py: clothes and digits as source, shifted digits as target, 8
+seeds), accuracy of a linear probe: the whole source 88.5, 6 of its 20 classes by label mapping
+91.3, by feature mapping 91.2, at random 88.0, those with the fewest votes 85.8.
 """
 
 from __future__ import annotations
