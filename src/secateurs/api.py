@@ -220,20 +220,21 @@ def _check_rows(
     method: Selector, source: Embeddings, target: Embeddings | None, task: Task | None
 ) -> None:
     """Refuse a source without what the method needs."""
-    if "embeddings" in method.needs and not source.width:
+    needs = method.required
+    if "embeddings" in needs and not source.width:
         raise InputError(
             "embeddings", described("none"), f"{method.name} needs them, or an encoder"
         )
-    if "labels" in method.needs and not source.labelled:
+    if "labels" in needs and not source.labelled:
         raise InputError("labels", None, f"a label for every row: {method.name} needs them")
-    if "scores" in method.needs and not source.columns:
+    if "scores" in needs and not source.columns:
         raise InputError("scores", None, f"columns of numbers: {method.name} needs them")
-    if ("target" in method.needs) != (target is not None):
-        wanted = "the rows to select for" if "target" in method.needs else "none"
+    if ("target" in needs) != (target is not None):
+        wanted = "the rows to select for" if "target" in needs else "none"
         told = None if target is None else described(f"{target.rows} rows")
         raise InputError("target", told, f"{wanted}, for {method.name}")
-    if task is None and set(method.needs) & {"batches", "training", "fresh-model"}:
-        raise InputError("task", None, f"a Task: {method.name} needs {', '.join(method.needs)}")
+    if task is None and set(needs) & {"batches", "training", "fresh-model"}:
+        raise InputError("task", None, f"a Task: {method.name} needs {', '.join(needs)}")
 
 
 def axes(model: nn.Module, example_inputs: Any) -> Structure:

@@ -489,6 +489,12 @@ def prune_shards(**values: Any) -> None:
 @click.option("--id", "id_column", metavar="COLUMN", help="[default: id; else rows are numbered]")
 @click.option("--label", metavar="COLUMN", help="[default: label]")
 @click.option("--target", type=click.Path(path_type=Path), help="embeddings to select for")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="for methods that train: a network such as zoo:mlp; EMBEDDINGS then names its data set, "
+    "as --data does elsewhere, and rows are training samples",
+)
 @click.option("--forbid-empty-classes", is_flag=True, help="refuse to leave nothing of a class")
 @click.option("--ray", metavar="ADDRESS", help="work on a Ray cluster: its address, auto or local")
 @click.option("--seed", type=int, default=0, show_default=True, help="of everything random")

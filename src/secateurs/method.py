@@ -215,6 +215,11 @@ class Selector(Method):
 
     needs: ClassVar[tuple[str, ...]] = ("embeddings",)
 
+    @property
+    def required(self) -> tuple[str, ...]:
+        """What it needs under its options; `needs` says it for the defaults."""
+        return self.needs
+
     @abstractmethod
     def select(
         self,

@@ -17,6 +17,7 @@ from secateurs.selection.embeddings import Embeddings
 from secateurs.selection.files import Names, open_files
 from secateurs.selection.result import SUFFIX, Selection
 from secateurs.state import write_json
+from secateurs.task import Task
 from secateurs.workspace import Workspace
 
 MARK = "selection.json"
@@ -36,6 +37,7 @@ def select_files(
     id_column: str | None,
     label: str | None,
     target: Path | None,
+    model: str | None,
     forbid_empty_classes: bool,
     ray: str | None,
     seed: int,
@@ -54,7 +56,8 @@ def select_files(
     chosen = create(method, options)
     chosen.accept(f"keep={keep}")
     names = Names(embedding, id_column, label)
-    rows = open_files(source, names)
+    task = _task(chosen, model, str(source), seed)
+    rows = open_files(source, names) if task is None else _training_set(task)
     aim = None if target is None else open_files(target, names)
     if report is not None:
         from secateurs.report.inspection import check_page
@@ -70,12 +73,13 @@ def select_files(
     told = {
         "method": method, "options": options_as_dict(chosen), "keep": keep, "seed": seed,
         "columns": vars(names), "source": _fingerprint(rows), "target": aim and _fingerprint(aim),
+        "model": model, "data": None if model is None else str(source),
     }  # fmt: skip
     folder = _work_folder(out, told)
     try:
         with watch(as_json) as listeners:
             selection = select(
-                rows, chosen, keep, target=aim, seed=seed, ray=ray,
+                rows, chosen, keep, task, target=aim, seed=seed, ray=ray,
                 forbid_empty_classes=forbid_empty_classes, work=Workspace(folder, listeners),
             )  # fmt: skip
             selection.write(out, only_kept=only_kept)
@@ -86,6 +90,24 @@ def select_files(
         raise
     shutil.rmtree(folder)
     return {**selection.as_dict(), "out": str(out)}
+
+
+def _task(method: Any, model: str | None, data: str, seed: int) -> Task | None:
+    """The task of a model on the data set whose rows are selected, where there is a model."""
+    trains = set(method.required) & {"batches", "training", "fresh-model"}
+    if model is None:
+        require(not trains, "model", None, f"--model, as {method.name} trains under these options")
+        return None
+    from secateurs.zoo.catalog import make_task
+
+    return make_task(model, data, seed=seed)
+
+
+def _training_set(task: Task) -> Embeddings:
+    """Ids and labels of the samples that a task trains on."""
+    from secateurs.selection.sources import as_embeddings
+
+    return as_embeddings(task.training_loader().dataset)
 
 
 def _check_out(out: Path) -> None:
