@@ -4,7 +4,30 @@ Paper: arXiv 2403.07854. 8000 training and 4000 test images, MLP 784-128-128-10;
 1500 updates of Adam, students 300 at equal updates (rate 0.002, batches of 128), τ = 4 with τ².
 Test accuracy in per cent, means of SEEDS seeds. Measured:
 
-MEASURED
+    (teacher 85.0)             α = 0      0.5      0.9      1        auto
+    2 % kept     random         72.4     75.8     76.1     76.3      76.3
+                 hard (EL2N)    13.1     41.4     47.3     49.1
+    10 % kept    random         79.7     82.1     82.4     82.5      82.4
+                 hard (EL2N)    21.6     47.2     55.2     56.4
+                 forgetting     26.3              63.0
+                 density        74.6              79.8
+                 easy (EL2N)    41.6              43.8
+    50 % kept    random         83.9     84.0     84.2     84.2      84.0
+                 hard (EL2N)    82.8     84.3     84.4     84.4
+
+    20 % of the labels wrong (teacher 82.3)     random α = 0, 1      hard α = 0, 1
+    2 % kept                                    65.2     71.8         2.8     49.1
+    10 % kept                                   72.6     79.9         1.7     69.3
+
+Deviations of single arms are 0.04 to 1.8 for random rows, 0.6 to 3.7 for hard ones, 8 for easy
+ones at 10 %; 6.8 for hard ones with noise at 2 %.
+
+So: the teacher lifts every selection at every fraction; at 2 and 10 % random rows with a teacher
+beat all others with one. The paper's other claims hold in part. Not random but hard rows gain
+most, though they stay behind up to 10 %; at 50 % they draw level. The best α does not fall with
+the fraction here: the teacher is better than any student, and at 50 % all α above 0 are within
+0.3 of each other. What falls is how much it matters, from 3.9 to 0.3. With wrong labels the gain
+of random rows at 10 % is 7.3 instead of 2.8.
 """
 
 from dataclasses import replace
@@ -108,9 +131,23 @@ def test_a_teacher_lifts_every_selection_and_random_is_hard_to_beat(clothes, tab
             )  # fmt: skip
             table.note(("auto", fraction), 100 * outcome.metrics_after["accuracy"])
     mean = table.means()
-    gain = {f: max(mean["random", f, a] for a in alphas[1:]) - mean["random", f, 0.0]
-            for f in (0.02, 0.1, 0.5)}  # fmt: skip
-    print(gain)
+    for name, fraction in {arm[:2] for arm in mean if isinstance(arm, tuple) and len(arm) == 3}:
+        assert mean[name, fraction, 0.9] > mean[name, fraction, 0.0], (name, fraction)
+    gains = [
+        max(mean["random", f, a] for a in alphas) - mean["random", f, 0.0] for f in (0.02, 0.1, 0.5)
+    ]
+    assert gains[0] > 3
+    assert gains[0] > gains[1] > gains[2] + 1, "the less is kept, the more it matters"
+    for fraction in (0.02, 0.1):
+        for alpha in alphas:
+            assert mean["random", fraction, alpha] > mean["hard", fraction, alpha] + 15
+    gap = {a: mean["random", 0.1, a] - mean["hard", 0.1, a] for a in alphas}
+    assert gap[1.0] < gap[0.0] - 20
+    for name in ("hard", "easy", "forgetting", "density"):
+        assert mean["random", 0.1, 0.9] > mean[name, 0.1, 0.9] + 1.5
+    for fraction in (0.02, 0.1, 0.5):
+        best = max(mean["random", fraction, a] for a in alphas)
+        assert mean["auto", fraction] > best - 1
 
 
 def others(task, fraction, teacher, el2n, seed):
@@ -141,4 +178,9 @@ def test_with_wrong_labels_it_lifts_more(clothes, table):
             ):
                 for alpha, score in students(task, rows, teacher, (0.0, 1.0), seed).items():
                     table.note((name, fraction, alpha), score)
-    print(table.means())
+    mean = table.means()
+    assert mean["random", 0.02, 1.0] > mean["random", 0.02, 0.0] + 4
+    assert mean["random", 0.1, 1.0] > mean["random", 0.1, 0.0] + 5
+    for fraction in (0.02, 0.1):
+        assert mean["hard", fraction, 1.0] > mean["hard", fraction, 0.0] + 30
+        assert mean["random", fraction, 1.0] > mean["hard", fraction, 1.0] + 7

@@ -21,7 +21,10 @@ A task that has a teacher already (`secateurs.training.distillation.distilled`) 
 none is trained. τ² makes gradients 16 times as large at τ = 4: where plain SGD diverges, lower its
 rate or clip. Selectors that look at embeddings get the inputs of the teacher's last linear layer.
 
-MEASURED
+Measured (Fashion-MNIST, an MLP, three seeds; tests/replicas): of 2 % random rows 72.4 % without a
+teacher and 76.3 with one, of 10 % 79.7 and 82.5, of the hardest 10 % 21.6 and 56.4. Every selector
+gains at every fraction; random rows with a teacher are the best at 2 and 10 %. There the best α
+did not fall as more was kept, but what it was worth did.
 """
 
 from __future__ import annotations
