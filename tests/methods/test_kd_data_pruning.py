@@ -95,6 +95,9 @@ def test_the_teacher_has_seen_everything_and_the_student_a_part(task, tmp_path):
 
     sc.fit(teacher, task, task.training, seed=mix(0, 401))
     assert outcome.metrics_before == task.measure(teacher)
+    assert [(row["arm"], row["samples"]) for row in outcome.history] == [
+        ("teacher", TRAINING), ("student", round(TRAINING / 4)),
+    ]  # fmt: skip
     kept = read_selection(tmp_path / "kept.parquet")
     assert kept["keep"].sum() == told["kept"]
 
@@ -165,11 +168,11 @@ def test_answers_that_are_not_finite_are_refused(task):
 
 def test_alpha_is_tuned_on_samples_that_nothing_is_trained_on(task):
     outcome = run(task, "keep=0.5", alpha="tune", alphas=(0.0, 0.5, 1.0), held_out=0.2)
-    assert [row["alpha"] for row in outcome.history] == [0.0, 0.5, 1.0]
-    assert facts(outcome)["alpha"] == best(outcome.history, task)
-    top = max(row["accuracy"] for row in outcome.history)
-    chosen = [r for r in outcome.history if r["alpha"] == facts(outcome)["alpha"]]
-    assert chosen[0]["accuracy"] == top
+    tried = outcome.tables["alphas tried"]
+    assert [row["alpha"] for row in tried] == [0.0, 0.5, 1.0]
+    assert facts(outcome)["alpha"] == best(tried, task)
+    chosen = next(row for row in tried if row["alpha"] == facts(outcome)["alpha"])
+    assert chosen["accuracy"] == max(row["accuracy"] for row in tried)
     with pytest.raises(InputError, match="held_out: got 1 samples, all of which"):
         run(task, f"keep={1 / TRAINING}", alpha="tune", held_out=0.99)
 

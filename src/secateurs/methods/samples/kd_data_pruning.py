@@ -145,15 +145,21 @@ class KDDataPruning(Procedure):
             alpha = auto_alpha(fraction)
         updates = self.train(model, task, rows, teacher, alpha, seed=seed, work=work)
         told = self._costs(task, teacher, selection.kept, updates, alpha)
+        whole, part = task.measure(teacher), task.measure(model)
+        tables = {"the kept part": [{"kept": len(rows), "of": selection.total,
+                                     "selector": self.selector, **told}]}  # fmt: skip
         return Outcome(
             model=model,
             promise=Promise("keep", budget.value, fraction, 1 / selection.total),
-            metrics_before=task.measure(teacher),
-            history=tried,
-            tables={"the kept part": [{"kept": selection.kept, "of": selection.total,
-                                       "selector": self.selector, **told}]},
+            metrics_before=whole,
+            metrics_after=part,
+            history=[
+                {"arm": "teacher", "samples": selection.total, **whole},
+                {"arm": "student", "samples": len(rows), **part},
+            ],
+            tables={**tables, **({"alphas tried": tried} if tried else {})},
             notes=[*selection.notes, *teacher_notes(model, teacher, fraction)],
-        )  # fmt: skip
+        )
 
     def teacher(self, model: nn.Module, task: Task, seed: int, work: Workspace) -> nn.Module:
         """The task's own, or a copy of `model` trained on everything."""

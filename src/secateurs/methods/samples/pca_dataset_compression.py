@@ -27,8 +27,8 @@ middle. Where a class has too few samples, all classes get fewer canvases and th
 
 Measured (Fashion-MNIST, 5 stored images a class, hard labels, three seeds; tests/replicas):
 distilled images 38.0 %, random ones 57.8, easy ones 58.1, easy ones in tiles 62.8, random ones in
-tiles 70.1; crops across tiles 16.5. Easy beats random at 1 image a class (51.4 to 39.1) and loses at
-20 (63.2 to 69.8): try ``order=random`` as well. Tiles pay where one still shows its object.
+tiles 70.1; crops across tiles 16.5. Easy images beat random ones at 1 a class (51.4 to 39.1) and
+lose at 20 (63.2 to 69.8): try ``order=random`` as well. Tiles pay where one still shows its object.
 """
 
 from __future__ import annotations
