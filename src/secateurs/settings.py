@@ -46,6 +46,9 @@ class TrainSettings:
     momentum: float = option(0.9, "momentum of sgd")
     nesterov: bool = option(False, "Nesterov momentum for sgd")
     weight_decay: float = option(5e-4, "weight decay (decoupled for adamw)")
+    decayed: Literal["all", "matrices"] = option(
+        "all", "what decays: all, or not vectors, which are biases and the scales of norms"
+    )
     schedule: Literal["cosine", "constant", "step", "linear"] = option(
         "cosine", "learning rate over the steps"
     )
@@ -98,9 +101,18 @@ class TrainSettings:
         """A fresh optimizer over the trainable ones of `parameters`."""
         trainable = [p for p in parameters if p.requires_grad]
         require(bool(trainable), "model", "no trainable parameter", "at least one")
+        groups: list[Any] = trainable
+        if self.decayed == "matrices":
+            vectors = [p for p in trainable if p.ndim <= 1]
+            matrices = [p for p in trainable if p.ndim > 1]
+            groups = [
+                {"params": own, **({"weight_decay": 0.0} if own is vectors else {})}
+                for own in (matrices, vectors)
+                if own
+            ]
         if self.optimizer == "sgd":
             return torch.optim.SGD(
-                trainable,
+                groups,
                 lr=self.lr,
                 momentum=self.momentum,
                 nesterov=self.nesterov,
@@ -109,9 +121,9 @@ class TrainSettings:
         if self.optimizer == "adamr":
             from secateurs.training.adamr import AdamR
 
-            return AdamR(trainable, lr=self.lr, weight_decay=self.weight_decay)
+            return AdamR(groups, lr=self.lr, weight_decay=self.weight_decay)
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
-        return kind(trainable, lr=self.lr, weight_decay=self.weight_decay)
+        return kind(groups, lr=self.lr, weight_decay=self.weight_decay)
 
     def scaled(self, factor: float, steps_per_epoch: int) -> TrainSettings:
         """The same recipe `factor` times as long; milestones are fractions, so they follow."""

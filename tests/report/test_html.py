@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from secateurs.errors import InputError
-from secateurs.report.headline import ENGINES, headline
+from secateurs.report.headline import ENGINES, SAMPLES, headline
 from secateurs.report.html import bound, grouped, labelled, records_table, write_report
 from secateurs.report.leaderboard import leaderboard, row_of
 
@@ -241,6 +241,13 @@ def test_headlines(outcome):
         outcome, **lower, metrics_before={"perplexity": 10.0}, metrics_after={"perplexity": 12.5}
     )
     assert "rises to perplexity 12.5 (dense 10)" in headline(worse)[0]
+
+
+def test_headline_of_a_part_of_the_samples(outcome):
+    outcome["tables"] = {SAMPLES: [{"kept": 25, "of": 200}]}
+    sentence = headline(outcome)[0]
+    assert "(all samples " in sentence
+    assert sentence.endswith(", trained on 12.5 % of the samples.")
 
 
 def test_headlines_on_speed(outcome):

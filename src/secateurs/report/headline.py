@@ -14,6 +14,8 @@ CLOSE = 0.1
 """Two latencies that differ by less than this share count as equal."""
 ENGINES = "latency by engine"
 """The table of an outcome that was timed in several engines (`secateurs.deploy.timing`)."""
+SAMPLES = "the kept part"
+"""The table of an outcome that was trained on a part of the samples: ``kept`` and ``of``."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Facts:
         files: dense bytes over sparse bytes.
         speed: dense latency over latency; None where either was not measured.
         same_speed: the two latencies cannot be told apart.
+        samples: share of the samples that it was trained on; None where nobody pruned them.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Facts:
     files: float | None
     speed: float | None
     same_speed: bool
+    samples: float | None = None
 
 
 def facts(outcome: Mapping[str, Any]) -> Facts:
@@ -66,6 +70,7 @@ def facts(outcome: Mapping[str, Any]) -> Facts:
         files = before["dense_bytes"] / max(after["sparse_bytes"], 1)
     speed, same = _speed(before, after)
     promise = outcome["promise"]
+    part = outcome["tables"].get(SAMPLES)
     return Facts(
         name=str(outcome.get("label") or outcome["method"] or "the model"),
         metric=metric,
@@ -80,6 +85,7 @@ def facts(outcome: Mapping[str, Any]) -> Facts:
         files=files,
         speed=speed,
         same_speed=same,
+        samples=part[0]["kept"] / part[0]["of"] if part else None,
     )
 
 
@@ -116,7 +122,8 @@ def _quality_clause(known: Facts) -> str:
         shown = f"{known.metric} {numbers.plain(known.quality)}"
     if known.dense_quality is None:
         return f"reaches {shown}"
-    dense = f"(dense {numbers.quality(known.dense_quality, known.metric)})"
+    before = "dense" if known.samples is None else "all samples"
+    dense = f"({before} {numbers.quality(known.dense_quality, known.metric)})"
     return f"{_verb(known.quality, known.dense_quality, known.higher_is_better)} {shown} {dense}"
 
 
@@ -133,6 +140,8 @@ def _verb(quality: float, dense: float, higher_is_better: bool) -> str:
 
 
 def _weights_clause(known: Facts) -> str:
+    if known.samples is not None:
+        return f", trained on {numbers.share(known.samples)} of the samples"
     if known.kept is None:
         return ""
     if known.kept >= 1:
@@ -201,6 +210,8 @@ def realisation(known: Facts) -> str:
             "multiply every zero. A real speed-up needs sparse kernels, an N:M pattern the "
             "hardware knows, or the removal of whole channels, heads or layers."
         )
+    if known.samples is not None:
+        return "The model keeps its size; what is shorter is every further training."
     return "Nothing was removed, so nothing is faster."
 
 

@@ -38,12 +38,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from secateurs.devices import device_of, to_device
 from secateurs.errors import described, require
 from secateurs.parts.costs import evaluating
 from secateurs.selection.score_table import hashed
 from secateurs.settings import TrainSettings
 from secateurs.state import Tree
-from secateurs.task import Task, logits_of, to_device
+from secateurs.task import Task, logits_of
 from secateurs.training.loop import fit, total_steps
 from secateurs.training.order import mix, steps_per_epoch
 from secateurs.training.subset import BATCH, ROWS, in_order, numbered, task_on, training_rows
@@ -180,7 +181,7 @@ def class_logits(output: Any) -> Tensor:
 
 def read_rows(task: Task, model: nn.Module, reading: Reading, loader: Iterable[Any]) -> Tensor:
     """A reading of every sample of a loader, in its order, in eval mode, on the CPU."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     with evaluating(model), torch.no_grad():
         parts = [reading(task, model, to_device(batch, device)).cpu() for batch in loader]
     return torch.cat(parts)
