@@ -92,7 +92,7 @@ def _rewritten(
     graph = fx.Graph()
     result = graph.graph_copy(part.graph.graph, copies)
     graph.output(result)
-    graph._codegen = copy.deepcopy(part.graph.graph._codegen)
+    graph._codegen = copy.copy(part.graph.graph._codegen)
     for literal, _, new in sizes:
         if literal.node in copies:
             _set_argument(copies[literal.node], literal.argument, literal.place, new)
