@@ -140,7 +140,12 @@ def test_a_bench_times_the_dense_network_beside_each_outcome(tmp_path: Path) -> 
     for row in rows:
         for side, key in (("before", "dense_latency_ms"), ("after", "latency_ms")):
             assert row["timing"][side]["median"] == row[key] > 0
+            raw = {s: row["timed"][s]["median"] for s in ("before", "after")}
+        ratio = raw["after"] / raw["before"]
+        assert row["latency_ms"] / row["dense_latency_ms"] == pytest.approx(ratio)
         assert (out / "cells" / row["cell"] / "recipe.yaml").is_file()
+    one, *others = {row["dense_latency_ms"] for row in rows}
+    assert others == pytest.approx([one] * len(others)), "the same dense network"
     page = (out / "report.html").read_text()
     assert "Read me with care." in page
     assert "The masked models run" in page
