@@ -322,11 +322,13 @@ def _dissent(vote: Votes, table: list[dict[str, Any]]) -> list[str]:
     notes = []
     if vote.defect > DISSENT:
         notes.append(f"the gates do not agree: consensus defect {vote.defect:.3f}, above {DISSENT}")
-    closed = sum(max(0, row["voted open"] - row["kept"]) for row in table)
     units = sum(row["units"] for row in table)
-    if closed > max(1, DISSENT * units):
-        notes.append(
-            f"{closed} of {units} units were closed against their vote to meet the budget: train "
-            "longer, or let the smaller network settle (settle=0.2)"
-        )
+    closed = sum(max(0, row["voted open"] - row["kept"]) for row in table)
+    opened = sum(max(0, row["kept"] - row["voted open"]) for row in table)
+    for count, done, why in ((closed, "closed", "meet"), (opened, "opened", "use")):
+        if count > max(1, DISSENT * units):
+            notes.append(
+                f"{count} of {units} units were {done} against their vote to {why} the budget: train "
+                "longer, let the smaller network settle (settle=0.2), or extract=vote"
+            )
     return notes
