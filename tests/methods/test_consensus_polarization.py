@@ -272,6 +272,16 @@ def test_a_budget_that_is_met_against_the_vote_is_noted():
     assert any(n.startswith(f"{against} of 19 units were closed against") for n in outcome.notes)
 
 
+def test_units_that_are_opened_against_the_vote_are_noted():
+    """Gates that are all closed: what the budget leaves is opened all the same."""
+    task = make_task_of(make_plain, training=sc.TrainSettings(steps=1, lr=0.01))
+    _, outcome = trained(task, open_bias=-3.0)
+    rows = outcome.tables["gates"]
+    assert sum(row["voted open"] for row in rows) == 0
+    against = sum(row["kept"] for row in rows)
+    assert any(n.startswith(f"{against} of 19 units were opened against") for n in outcome.notes)
+
+
 # --- as a method ------------------------------------------------------------------------------
 
 

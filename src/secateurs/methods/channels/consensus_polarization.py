@@ -328,7 +328,7 @@ def _dissent(vote: Votes, table: list[dict[str, Any]]) -> list[str]:
     for count, done, why in ((closed, "closed", "meet"), (opened, "opened", "use")):
         if count > max(1, DISSENT * units):
             notes.append(
-                f"{count} of {units} units were {done} against their vote to {why} the budget: train "
-                "longer, let the smaller network settle (settle=0.2), or extract=vote"
+                f"{count} of {units} units were {done} against their vote to {why} the budget: "
+                "train longer, let the smaller network settle (settle=0.2), or extract=vote"
             )
     return notes
