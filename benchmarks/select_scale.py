@@ -19,7 +19,11 @@ before the sample was held once, which takes a quarter of a GB less):
     200,000      50,000     9,456        532       61       304.5          1.71
     400,000     100,000    18,941        775       75       187.8          1.71
 
-So 47 s of fitting and 70 s for a million rows. Of the resident set 0.6 GB are Python, torch and
+and with two threads, beside a small job for a part of the time:
+
+    1,000,000    250,000    47,016         93      132       131.9          1.67
+
+So 47 s of fitting and 70 to 85 s for a million rows. Of the resident set 0.6 GB are Python, torch and
 what the methods import; the sample is 0.26 GB.
 """
 
