@@ -23,8 +23,8 @@ and with two threads, beside a small job for a part of the time:
 
     1,000,000    250,000    47,016         93      132       131.9          1.67
 
-So 47 s of fitting and 70 to 85 s for a million rows. Of the resident set 0.6 GB are Python, torch and
-what the methods import; the sample is 0.26 GB.
+So 47 s of fitting and 70 to 85 s for a million rows. Of the resident set 0.6 GB are Python, torch
+and what the methods import; the sample is 0.26 GB.
 """
 
 from __future__ import annotations
