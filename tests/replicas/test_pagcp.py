@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import secateurs as sc
 from secateurs.task import Metric, multitask
+from secateurs.training.fresh import redraw
 from secateurs.zoo.datasets import load_data
 
 pytestmark = pytest.mark.slow
@@ -110,6 +111,9 @@ def allocated(tables):
             budget = f"macs={outcome.after.macs + 1}"
             rival = sc.prune(dense, "spa", budget, own, seed=seed, recover=False, **options)
             note(arm, rival.model)
+        redraw(outcome.model, task, seed)
+        sc.fit(outcome.model, task, task.training, seed=seed)
+        note("from scratch", outcome.model)
     return table
 
 
@@ -129,3 +133,8 @@ def test_the_worst_task_suffers_least(allocated):
 def test_a_task_that_is_easy_vetoes_nothing(allocated):
     assert allocated.mean(("pagcp", "class")) <= 1.1
     assert 0.8 <= allocated.mean("macs") <= 0.95
+
+
+def test_trained_from_scratch_the_shape_it_left_is_nearly_as_good(allocated):
+    """As many epochs as the dense network had: the Scratch-E of rethinking-value."""
+    assert allocated.mean(("from scratch", "worst")) <= 1.25
