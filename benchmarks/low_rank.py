@@ -22,13 +22,13 @@ from secateurs.methods.ranks.trained_rank_pruning import TrainedRankPruning
 from secateurs.outcome import Outcome
 from secateurs.parts.budgets import Budget
 from secateurs.parts.costs import count_macs, forward_call, time_calls, timing_conditions
-from secateurs.parts.low_rank import MODES
+from secateurs.parts.low_rank import MODES, Mode
 from secateurs.zoo.networks import make_network
 
 
-def factorised(model: nn.Module, inputs: torch.Tensor, mode: str, share: float) -> nn.Module:
+def factorised(model: nn.Module, inputs: torch.Tensor, mode: Mode, share: float) -> nn.Module:
     """A copy of the model with `share` of its MACs, its kernels of low rank."""
-    method = TrainedRankPruning(mode=mode)  # type: ignore[arg-type]
+    method = TrainedRankPruning(mode=mode)
     outcome = Outcome(copy.deepcopy(model))
     plan = method.plan(outcome.model, inputs, Budget.parse(f"macs={share}"))
     method.factorise(outcome, plan)

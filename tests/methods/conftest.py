@@ -18,6 +18,29 @@ TRAINING = 1280
 """Samples to train on; the other 517 are held out."""
 
 
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+class Killer:
+    """A listener in whose presence a stage dies at a step."""
+
+    def __init__(self, stage=None, step=None):
+        self.stage, self.step, self.seen = stage, step, []
+
+    def event(self, kind, values):
+        if kind == "train":
+            self.seen.append((values["stage"], values["step"]))
+            if self.seen[-1] == (self.stage, self.step):
+                raise KilledError
+
+    def begin(self, label, total): ...
+
+    def advance(self, label, done): ...
+
+    def end(self, label): ...
+
+
 def make(width=1.0):
     first, second = (max(1, round(size * width)) for size in (32, 16))
     return nn.Sequential(

@@ -20,6 +20,8 @@ from secateurs.training.gates import Gated, Votes, votes
 from secateurs.zoo.catalog import make_task
 from secateurs.zoo.resnets import ResNet
 
+from .conftest import KilledError, Killer
+
 SHORT = sc.TrainSettings(steps=12, lr=0.05)
 
 
@@ -283,29 +285,6 @@ def test_units_that_are_opened_against_the_vote_are_noted():
 
 
 # --- as a method ------------------------------------------------------------------------------
-
-
-class KilledError(Exception):
-    """Stands for a kill."""
-
-
-class Killer:
-    """A listener in whose presence a stage dies at a step."""
-
-    def __init__(self, stage=None, step=None):
-        self.stage, self.step, self.seen = stage, step, []
-
-    def event(self, kind, values):
-        if kind == "train":
-            self.seen.append((values["stage"], values["step"]))
-            if self.seen[-1] == (self.stage, self.step):
-                raise KilledError
-
-    def begin(self, label, total): ...
-
-    def advance(self, label, done): ...
-
-    def end(self, label): ...
 
 
 @pytest.mark.parametrize(

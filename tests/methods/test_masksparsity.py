@@ -27,6 +27,8 @@ from secateurs.zoo.catalog import make_task
 from secateurs.zoo.convolutional import convnet
 from secateurs.zoo.resnets import cifar_resnet
 
+from .conftest import KilledError, Killer
+
 STILL = sc.TrainSettings(steps=0)
 
 
@@ -346,29 +348,6 @@ def test_chance_is_of_the_seed(task):
 
 
 # --- as a method ------------------------------------------------------------------------------
-
-
-class KilledError(Exception):
-    """Stands for a kill."""
-
-
-class Killer:
-    """A listener in whose presence a stage dies at a step."""
-
-    def __init__(self, stage=None, step=None):
-        self.stage, self.step, self.seen = stage, step, []
-
-    def event(self, kind, values):
-        if kind == "train":
-            self.seen.append((values["stage"], values["step"]))
-            if self.seen[-1] == (self.stage, self.step):
-                raise KilledError
-
-    def begin(self, label, total): ...
-
-    def advance(self, label, done): ...
-
-    def end(self, label): ...
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(task, tmp_path):

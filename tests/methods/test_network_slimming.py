@@ -18,6 +18,8 @@ from secateurs.zoo.catalog import make_task
 from secateurs.zoo.convolutional import convnet
 from secateurs.zoo.resnets import cifar_resnet
 
+from .conftest import KilledError, Killer
+
 STILL = sc.TrainSettings(steps=0)
 CONFIG = (12, "M", 16, "M", 10)
 
@@ -216,29 +218,6 @@ def test_scales_may_start_where_the_paper_has_them(task):
     outcome = sc.prune(task.fresh_model(0), "network-slimming", "params=1", own, initial=0.5)
     for scale in norm_scales(outcome.model).values():
         assert bool((scale == 0.5).all())
-
-
-class KilledError(Exception):
-    """Stands for a kill."""
-
-
-class Killer:
-    """A listener in whose presence training dies at a step of a stage."""
-
-    def __init__(self, stage, step):
-        self.stage, self.step, self.seen = stage, step, []
-
-    def event(self, kind, values):
-        if kind == "train":
-            self.seen.append((values["stage"], values["step"]))
-            if (values["stage"], values["step"]) == (self.stage, self.step):
-                raise KilledError
-
-    def begin(self, label, total): ...
-
-    def advance(self, label, done): ...
-
-    def end(self, label): ...
 
 
 @pytest.mark.parametrize("stage", ["sparse", "finetune"])

@@ -260,7 +260,7 @@ class Layers(fx.Interpreter):
         if is_layer(n):
             self.outputs[n] = result
         if _in_place(n):
-            self.env[n.args[0]] = result  # type: ignore[index]
+            self.env[n.all_input_nodes[0]] = result
         return result
 
     def operation(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -339,16 +339,17 @@ class Explained(Layers):
             weight, bias = self._with_norm(n, weight, bias, norm)
         own = self.rules.conv if op_name(n) in CONVOLUTIONS else self.rules.linear
         rule = self.rules.first if n is self.first and self.rules.first is not None else own
-        layer = Weighted(lambda x, w, b: n.target(x, w, b, *args[3:]), weight, bias)  # type: ignore[operator]
+        operation: Any = n.target
+        layer = Weighted(lambda x, w, b: operation(x, w, b, *args[3:]), weight, bias)
         return self._hooked(self.rules.hook(rule), layer, args[0])
 
     def _with_norm(
         self, n: fx.Node, weight: Tensor, bias: Tensor | None, norm: fx.Node
     ) -> tuple[Tensor, Tensor]:
         """Weights and bias of a layer with the batch norm behind it: W γ/σ, (b − μ) γ/σ + β."""
+        named: Any = norm.args[1:5]
         scale, shift, mean, variance = (
-            None if a is None else self.fetch_attr(str(a.target)).detach()  # type: ignore[union-attr]
-            for a in norm.args[1:5]
+            None if a is None else self.fetch_attr(str(a.target)).detach() for a in named
         )
         eps: Any = norm.args[7]
         factor = torch.rsqrt(variance + eps)

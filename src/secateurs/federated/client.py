@@ -47,7 +47,7 @@ from secateurs.state import model_state
 from secateurs.task import Task, batch_size, head
 from secateurs.training.keeping import MaskKeeper
 from secateurs.training.loop import fit, own_randomness
-from secateurs.training.order import batches_from, mix, steps_per_epoch
+from secateurs.training.order import batches_from, mix, sample_count, steps_per_epoch
 
 OwnTask = Callable[[Any], Task]
 """Flower's context -> the model, the loss, and the client's own samples as training loader."""
@@ -147,7 +147,7 @@ class _Client:
 
     def counts(self) -> dict[str, int]:
         """Training and development samples."""
-        total = len(indexed(self.task).dataset)  # type: ignore[arg-type]
+        total = sample_count(indexed(self.task).dataset)
         return {"samples": total, "development": self._development_count(total)}
 
     def _development_count(self, total: int) -> int:
@@ -156,7 +156,7 @@ class _Client:
 
     def development(self) -> Task:
         """A fixed subset of the training samples."""
-        total = len(indexed(self.task).dataset)  # type: ignore[arg-type]
+        total = sample_count(indexed(self.task).dataset)
         generator = torch.Generator().manual_seed(mix(self.config["seed"], self.rank, 3))
         order = torch.randperm(total, generator=generator)
         return restricted(self.task, order[: self._development_count(total)].sort().values)

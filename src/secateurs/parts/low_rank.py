@@ -37,7 +37,8 @@ def kernel_shape(shape: Sequence[int]) -> Shape:
         InputError: neither two nor four dimensions.
     """
     require(len(shape) in (2, 4), "weight", tuple(shape), "(N, C) or (N, C, kh, kw)")
-    return (*shape, 1, 1) if len(shape) == 2 else tuple(shape)  # type: ignore[return-value]
+    outputs, inputs, height, width = (*shape, 1, 1)[:4]
+    return outputs, inputs, height, width
 
 
 def matricise(weight: Tensor, mode: Mode) -> Tensor:

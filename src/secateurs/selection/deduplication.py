@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -123,8 +124,10 @@ def find_duplicates(
         pairs: list[tuple[int, int, float]] = []
         with work.progress("duplicates", clusters) as advance:
             for step, (first, last) in zip(steps, groups, strict=True):
-                done = work.once(step, lambda first=first, last=last: grouped.compare(  # type: ignore[misc]
-                    range(first, last), assigned, epsilon, keep, piece, seed))  # fmt: skip
+                compare = partial(
+                    grouped.compare, range(first, last), assigned, epsilon, keep, piece, seed
+                )
+                done = work.once(step, compare)
                 rows = done["rows"].numpy()
                 shard = np.searchsorted(source.offsets, rows, side="right") - 1
                 for number in np.unique(shard):
@@ -253,7 +256,7 @@ class _Grouped:
             rows = np.flatnonzero((own >= clusters.start) & (own < clusters.stop))
             if rows.size or not number:
                 distance = assigned[number]["distance"].numpy()[rows].astype(np.float64)
-                ids = self.source.narrow(number).ids[rows]
+                ids = self.source.ids_of(number)[rows]
                 parts.append((rows + self.source.offsets[number], own[rows], distance, ids))
         numbers, cluster, distance, ids = (np.concatenate(c) for c in zip(*parts, strict=True))
         return numbers, cluster, distance, ids

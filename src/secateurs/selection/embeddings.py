@@ -131,6 +131,10 @@ class Embeddings:
         self.labelled = told.labels is not None
         self.columns = tuple(told.columns)
 
+    def ids_of(self, number: int) -> Array:
+        """The ids of a shard."""
+        return self.narrow(number).ids
+
     def narrow(self, number: int) -> Narrow:
         """Ids, labels and columns of a shard.
 
@@ -260,14 +264,14 @@ class Embeddings:
         with work.progress("ids", len(self.shards)) as advance:
             for number in range(len(self.shards)):
                 first, last = self.offsets[number : number + 2]
-                keys[first:last] = hashed(self.narrow(number).ids)
+                keys[first:last] = hashed(self.ids_of(number))
                 advance(number + 1)
         keys.sort()
         twice = set(keys[1:][keys[1:] == keys[:-1]].tolist())
         del keys
         seen: set[Any] = set()
         for number in range(len(self.shards) if twice else 0):
-            ids = self.narrow(number).ids
+            ids = self.ids_of(number)
             for one in ids[np.isin(hashed(ids), list(twice))].tolist():
                 require(one not in seen, "ids", one, "every id once")
                 seen.add(one)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -141,7 +142,7 @@ class KMeans:
                 advance(iteration + 1)
                 if (iteration + 1) % SNAPSHOT_EVERY == 0:
                     state = {"done": iteration + 1, "centres": centres}
-                    work.snapshot("lloyd", lambda state=state: state)  # type: ignore[misc]
+                    work.snapshot("lloyd", partial(dict, state))
         work.drop_snapshot("lloyd")
         return centres
 
@@ -285,7 +286,7 @@ def sample_rows(
     """
     work = work or Workspace()
     shards = range(len(source.shards))
-    keys = [hashed(source.narrow(number).ids, seed) for number in shards]
+    keys = [hashed(source.ids_of(number), seed) for number in shards]
     if among is not None:
         keys = [key[mask] for key, mask in zip(keys, among, strict=True)]
     every = np.concatenate(keys)

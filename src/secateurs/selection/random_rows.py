@@ -18,18 +18,14 @@ def random_selection(
     Args:
         per_class: every class in proportion to its size.
     """
-    scores = [random_scores(source.narrow(n).ids, seed) for n in range(len(source.shards))]
-
-    def ids(part: int) -> Array:
-        return source.narrow(part).ids
-
+    scores = [random_scores(source.ids_of(n), seed) for n in range(len(source.shards))]
     if per_class:
         names, groups = source.classes()
-        table = ScoreTable(scores, ids, groups)
+        table = ScoreTable(scores, source.ids_of, groups)
         sizes = table.sizes(len(names))
         kept = table.largest_per_group(class_counts(sizes, budget.kept_samples(source.rows)))
     else:
-        kept = ScoreTable(scores, ids).largest(budget.kept_samples(source.rows))
+        kept = ScoreTable(scores, source.ids_of).largest(budget.kept_samples(source.rows))
     return Selection.of(source, kept, scores, budget=str(budget), seed=seed)
 
 

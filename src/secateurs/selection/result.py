@@ -88,7 +88,7 @@ class Selection:
     @property
     def ids(self) -> Array:
         """Ids of the rows that stay, in the order of the rows."""
-        narrow = [self.source.narrow(n).ids[mask] for n, mask in enumerate(self.masks)]
+        narrow = [self.source.ids_of(n)[mask] for n, mask in enumerate(self.masks)]
         return np.concatenate(narrow)
 
     @property
@@ -278,7 +278,7 @@ class Selection:
     def id_of(self, row: int) -> Any:
         """The id of a row."""
         number, place = self._where(row)
-        return self.source.narrow(number).ids[place].item()
+        return self.source.ids_of(number)[place].item()
 
     def _where(self, row: int) -> tuple[int, int]:
         number = int(np.searchsorted(self.source.offsets, row, side="right")) - 1

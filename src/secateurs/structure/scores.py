@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from secateurs.errors import unknown
+from secateurs.errors import InputError, described, unknown
 from secateurs.structure.arguments import argument
 from secateurs.structure.axes import Group, Structure
 from secateurs.structure.dimensions import Dim, units_of
@@ -57,11 +57,20 @@ def scale_scores(
     Args:
         scales: γ by parameter name, such as `secateurs.parts.scales.norm_scales`.
         aggregate: over the scales that are tied to one axis.
+
+    Raises:
+        InputError: no scale runs over a free group.
     """
     found = {}
     for group in structure.free:
         if slices := scale_slices(structure, group, scales):
             found[group.name] = aggregated(slices, aggregate)
+    if not found:
+        raise InputError(
+            "model",
+            described(f"{len(structure)} axes, no scale along one that can be shortened"),
+            "a model whose normalisation layers run over free axes",
+        )
     return found
 
 

@@ -8,6 +8,7 @@ those values by path; weights are loaded afterwards, so no pickle is needed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -21,7 +22,7 @@ FORM = "substituted"
 _KINDS: dict[str, type[Substitute]] = {}
 
 
-class Substitute(nn.Module):
+class Substitute(nn.Module, ABC):
     """A layer that stands in for a dense one.
 
     Subclasses that set `kind` are found by that name at load, and implement both methods.
@@ -40,18 +41,18 @@ class Substitute(nn.Module):
                 raise InputError("kind", cls.kind, f"a name not taken by {known.__module__}")
             _KINDS[cls.kind] = cls
 
+    @abstractmethod
     def config(self) -> dict[str, Any]:
         """Plain values from which, with the dense layer, `shaped` makes a layer of this shape."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def shaped(cls, dense: nn.Module, config: Mapping[str, Any]) -> Self:
         """A layer like the one that gave `config`; its weights may be anything.
 
         Raises:
             InputError: `dense` is not a layer that this can stand in for.
         """
-        raise NotImplementedError
 
 
 def substitute(model: nn.Module, layers: Mapping[str, Substitute]) -> dict[str, Any]:

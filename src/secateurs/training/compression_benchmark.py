@@ -30,6 +30,7 @@ from secateurs.settings import TrainSettings, check_choices, option
 from secateurs.task import Task, logits_of
 from secateurs.training.distillation import distilled
 from secateurs.training.loop import fit_once
+from secateurs.training.order import sample_count
 from secateurs.workspace import Workspace
 
 RECIPE = TrainSettings(
@@ -68,7 +69,7 @@ class Protocol:
         require(soft == (teacher is not None), "teacher", told, accepted)
         mixed = soft and self.mixing != "none"
         collate = mixed_batch if mixed else default_collate
-        rows = len(data)  # type: ignore[arg-type]
+        rows = sample_count(data)
         loader = DataLoader(data, min(self.batch_size, rows), shuffle=True, collate_fn=collate)
         own = replace(task, train=loader, split=None, training=self.recipe)
         if teacher is None:
@@ -94,7 +95,7 @@ class Protocol:
         Raises:
             InputError: sets of different sizes.
         """
-        sizes = {name: len(data) for name, data in sets.items()}  # type: ignore[arg-type]
+        sizes = {name: sample_count(data) for name, data in sets.items()}
         require(len(set(sizes.values())) == 1, "sets", sizes, "as many images in each")
         records, work = [], work or Workspace()
         for name, data in sets.items():

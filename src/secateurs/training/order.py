@@ -126,13 +126,18 @@ def batches_from(
         epoch, first = epoch + 1, 0
 
 
+def sample_count(data: Any) -> int:
+    """Samples of a data set, whose class in torch does not say that it has a length."""
+    return len(data)
+
+
 def _can_be_ordered(loader: DataLoader[Any]) -> bool:
     """Whether an epoch is each sample of the data set once, shuffled or not."""
     sampler = loader.sampler
     if loader.batch_size is None or not isinstance(sampler, RandomSampler | SequentialSampler):
         return False
     drawn_again = isinstance(sampler, RandomSampler) and sampler.replacement
-    return not drawn_again and len(sampler) == len(loader.dataset)  # type: ignore[arg-type]
+    return not drawn_again and len(sampler) == sample_count(loader.dataset)
 
 
 def _ordered(
@@ -140,7 +145,7 @@ def _ordered(
 ) -> tuple[DataLoader[Any], SeededBatches]:
     assert loader.batch_size is not None
     batches = SeededBatches(
-        len(loader.dataset),  # type: ignore[arg-type]
+        sample_count(loader.dataset),
         loader.batch_size,
         seed,
         shuffle=isinstance(loader.sampler, RandomSampler),

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampl
 
 from secateurs.errors import InputError, described, require
 from secateurs.task import Task
+from secateurs.training.order import sample_count
 
 ROWS, BATCH = "_rows", "_batch"
 """Keys of a batch that carries the numbers of its samples (`numbered`)."""
@@ -31,7 +32,7 @@ def _rows(loader: DataLoader[Any], argument: str) -> int:
     if loader.batch_size is None or not plain:
         told = described("a loader with a sampler of its own")
         raise InputError(argument, told, "a loader that reads a data set, shuffled or in order")
-    return len(loader.dataset)  # type: ignore[arg-type]
+    return sample_count(loader.dataset)
 
 
 def task_on(task: Task, rows: Sequence[int] | Tensor | Any) -> Task:
@@ -72,7 +73,7 @@ def numbered(task: Task) -> DataLoader[Any]:
 
 def _like(loader: DataLoader[Any], data: Dataset[Any], **changed: Any) -> DataLoader[Any]:
     assert loader.batch_size is not None
-    samples: int = len(data)  # type: ignore[arg-type]
+    samples = sample_count(data)
     options: dict[str, Any] = {
         "batch_size": loader.batch_size,
         "shuffle": isinstance(loader.sampler, RandomSampler),

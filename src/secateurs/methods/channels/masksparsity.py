@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.analysis.recalibration import recalibrate
-from secateurs.errors import InputError, described, require
+from secateurs.errors import require
 from secateurs.method import Procedure
 from secateurs.outcome import Outcome
 from secateurs.parts.budgets import Budget
@@ -199,12 +199,6 @@ class MaskSparsity(Procedure):
         structure = Structure(trace(model, task.example_inputs))
         scales = norm_scales(model)
         scores = scale_scores(structure, scales, self.aggregate)
-        if not scores:
-            raise InputError(
-                "model",
-                described(f"{len(structure)} axes, no scale along one that can be shortened"),
-                "a model whose normalisation layers run over free axes",
-            )
         cost = structure_cost(structure, budget, task.example_inputs)
         if known is not None:
             kept = {structure[n].axis: units for n, units in known.kept.items()}

@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from secateurs.errors import InputError, described, require
+from secateurs.errors import InputError, require
 from secateurs.method import Procedure
 from secateurs.outcome import Outcome
 from secateurs.parts.budgets import Budget
@@ -127,12 +127,6 @@ class NetworkSlimming(Procedure):
         """The axes, |γ| of their units, what the budget counts, and the units that stay."""
         structure = Structure(trace(model, task.example_inputs))
         scores = scale_scores(structure, norm_scales(model), self.aggregate)
-        if not scores:
-            raise InputError(
-                "model",
-                described(f"{len(structure)} axes, no scale along one that can be shortened"),
-                "a model whose normalisation layers run over free axes",
-            )
         cost = structure_cost(structure, budget, task.example_inputs)
         choice = choose(structure, scores, cost.of, cost.target, limits=Limits(least=self.least))
         return structure, scores, cost, choice

@@ -287,9 +287,9 @@ class TrainedRankPruning(Procedure):
         def attach(
             net: nn.Module, optimizer: torch.optim.Optimizer, total: int
         ) -> list[LowRankTraining]:
-            weights = {name: net.get_submodule(name).weight for name in plan.sites}
+            weights = {name: net.get_parameter(f"{name}.weight") for name in plan.sites}
             hook = LowRankTraining(
-                optimizer, weights, plan.modes, choose,  # type: ignore[arg-type]
+                optimizer, weights, plan.modes, choose,
                 period=self.period, nuclear=self.nuclear, project=self.project, total=total,
                 cycle=steps_per_epoch(task.training_loader()) if self.count == "epoch" else None,
             )  # fmt: skip

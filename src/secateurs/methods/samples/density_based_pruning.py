@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -140,11 +141,10 @@ class DensityBasedPruning(Selector):
         shares = softmax_shares(complexities(intra, inter), self.temperature)
         quotas = box_quotas(shares, sizes, keeping, self._low(sizes, keeping))
         scores = [
-            towards(d, lambda n=n: source.narrow(n).ids, self.within, seed)  # type: ignore[misc]
-            for n, d in enumerate(distance)
+            towards(d, partial(source.ids_of, n), self.within, seed) for n, d in enumerate(distance)
         ]
         ranked = [np.where(mask, s, np.nan) for s, mask in zip(scores, passed, strict=True)]
-        table = ScoreTable(ranked, lambda n: source.narrow(n).ids, cluster)
+        table = ScoreTable(ranked, source.ids_of, cluster)
         made = Selection.of(
             source, table.largest_per_group(quotas), scores,
             duplicates=alike.found,
@@ -187,7 +187,7 @@ class DensityBasedPruning(Selector):
             assert self.filter_keep is not None
             count = round(self.filter_keep * sum(int(mask.sum()) for mask in left))
             ranked = [np.where(u, v, np.nan) for u, v in zip(left, values, strict=True)]
-            passed = ScoreTable(ranked, lambda n: source.narrow(n).ids).largest(count)
+            passed = ScoreTable(ranked, source.ids_of).largest(count)
         told = described(f"no row with {self.filter} above {self.filter_above}")
         require(any(bool(p.any()) for p in passed), "filter", told, "a filter that lets rows pass")
         return passed

@@ -201,7 +201,7 @@ class NeuralScaling(Selector):
             return _Scored(source.column(self.column))
         if self.metric == "random":
             shards = range(len(source.shards))
-            return _Scored([random_scores(source.narrow(n).ids, seed) for n in shards])
+            return _Scored([random_scores(source.ids_of(n), seed) for n in shards])
         assert task is not None
         scores, notes = self._trained(task, seed, own)
         return _Scored(np.split(scores, source.offsets[1:-1]), notes=notes)
@@ -262,7 +262,7 @@ class NeuralScaling(Selector):
             return self.order, []
         assert task is not None
         half = [
-            hashed(source.narrow(n).ids, mix(seed, HALVES)) < np.uint64(1 << 63)
+            hashed(source.ids_of(n), mix(seed, HALVES)) < np.uint64(1 << 63)
             for n in range(len(source.shards))
         ]
         mask = np.concatenate(half)
@@ -326,7 +326,7 @@ class _Floors:
 
     def best(self, source: Embeddings, scores: Sequence[Array], count: int) -> list[Array]:
         """Bool arrays, True at `count` rows; rows whose score is NaN are out of the question."""
-        table = ScoreTable(scores, partial(_ids, source), self.codes)
+        table = ScoreTable(scores, source.ids_of, self.codes)
         if self.codes is None:
             return table.largest(count)
         if self.share == 1:  # what is left of an equal division goes round, one each
@@ -339,13 +339,9 @@ class _Floors:
 
 def _towards(source: Embeddings, hardness: Sequence[Array], order: Order, seed: int) -> list[Array]:
     return [
-        towards(part, partial(_ids, source, number), order, seed)
+        towards(part, partial(source.ids_of, number), order, seed)
         for number, part in enumerate(hardness)
     ]
-
-
-def _ids(source: Embeddings, number: int) -> Array:
-    return source.narrow(number).ids
 
 
 def _class_distances(source: Embeddings, work: Workspace) -> list[Array]:

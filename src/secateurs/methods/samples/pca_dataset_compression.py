@@ -34,6 +34,7 @@ lose at 20 (63.2 to 69.8): try ``order=random`` as well. Tiles pay where one sti
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -110,10 +111,9 @@ class PruneCombineAugment(Selector):
         require(isinstance(names[0], int), "labels", names[0], "whole numbers, a class each")
         hardness = self._hardness(source, task, seed, work or Workspace())
         scores = [
-            towards(h, lambda n=n: source.narrow(n).ids, self.order, seed)  # type: ignore[misc]
-            for n, h in enumerate(hardness)
+            towards(h, partial(source.ids_of, n), self.order, seed) for n, h in enumerate(hardness)
         ]
-        table = ScoreTable(scores, lambda n: source.narrow(n).ids, classes)
+        table = ScoreTable(scores, source.ids_of, classes)
         sizes = table.sizes(len(names))
         unit, wanted = self.grid**2, keep.kept_samples(source.rows)
         ipc = max(1, round(wanted / (unit * len(names))))
