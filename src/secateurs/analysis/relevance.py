@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 from secateurs.errors import InputError, described, library, require
 from secateurs.structure.arguments import argument
-from secateurs.structure.rules import op_name
+from secateurs.structure.rules import is_in_place, op_name, out_of_place
 from secateurs.structure.surgery import executed_by
 from secateurs.structure.trace import Trace, named_tensors
 
@@ -259,13 +259,13 @@ class Layers(fx.Interpreter):
         result = self.operation(n, args, kwargs)
         if is_layer(n):
             self.outputs[n] = result
-        if _in_place(n):
+        if is_in_place(n):
             self.env[n.all_input_nodes[0]] = result
         return result
 
     def operation(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """The result of a node."""
-        return _out_of_place(n)(*args, **kwargs)
+        return out_of_place(n)(*args, **kwargs)
 
 
 def is_layer(node: fx.Node) -> bool:
@@ -281,18 +281,6 @@ def output_place(node: fx.Node) -> int:
     return 1 if op_name(node) in CONVOLUTIONS else node.meta["val"].ndim - 1
 
 
-def _in_place(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable and op_name(node) != "batch_norm"
-
-
-def _out_of_place(node: fx.Node) -> Callable[..., Any]:
-    target: Any = node.target
-    if not _in_place(node):
-        return target
-    return getattr(getattr(torch.ops.aten, op_name(node)), target._overloadname)
-
-
 class Explained(Layers):
     """The same under hooks: what a backward pass then gives is relevance."""
 
@@ -305,7 +293,7 @@ class Explained(Layers):
         self.fused = {n.args[0]: n for n in nodes if n.op == "call_function" and _fusable(n)}
 
     def operation(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
-        name, call = op_name(n), _out_of_place(n)
+        name, call = op_name(n), out_of_place(n)
         carried = [a for a in tree_leaves((args, kwargs)) if _carries(a)]
         if not carried:
             return call(*args, **kwargs)
@@ -351,10 +339,12 @@ class Explained(Layers):
         scale, shift, mean, variance = (
             None if a is None else self.fetch_attr(str(a.target)).detach() for a in named
         )
+        assert mean is not None  # `_fusable` looked
+        assert variance is not None
         eps: Any = norm.args[7]
         factor = torch.rsqrt(variance + eps)
         factor = factor if scale is None else factor * scale
-        base = -mean if bias is None else bias - mean  # type: ignore[operator]
+        base = -mean if bias is None else bias - mean
         moved = base * factor + (0 if shift is None else shift)
         return scaled_outputs(n, weight, factor), moved
 

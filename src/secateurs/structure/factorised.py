@@ -29,7 +29,7 @@ from secateurs.parts.low_rank import (
     kernel_shape,
     weights_a_rank,
 )
-from secateurs.structure.substitution import Substitute
+from secateurs.structure.substitution import Substitute, is_plain, owners
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -180,12 +180,9 @@ def sites(model: nn.Module, example_inputs: Any) -> dict[str, Site]:
     """
     counts: dict[str, list[int]] = {}
     handles = []
-    owners: dict[int, int] = {}
-    for _, module in model.named_modules(remove_duplicate=False):
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    named = owners(model)
     for name, module in model.named_modules():
-        if not name or not _can_be_factorised(module) or owners[id(module.weight)] > 1:
+        if not name or not _can_be_factorised(module) or named[id(module.weight)] > 1:
             continue
         handles.append(module.register_forward_hook(_counting(counts, name)))
     try:
@@ -201,12 +198,8 @@ def sites(model: nn.Module, example_inputs: Any) -> dict[str, Site]:
 
 
 def _can_be_factorised(module: nn.Module) -> bool:
-    """Whether its class computes what torch's does, from a weight of its own, without groups."""
-    if not isinstance(module, nn.Linear | nn.Conv2d):
-        return False
-    kind = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
-    own = isinstance(module._parameters.get("weight"), nn.Parameter)
-    return own and type(module).forward is kind.forward and getattr(module, "groups", 1) == 1
+    """Whether it is an ordinary layer without groups."""
+    return is_plain(module, (nn.Linear, nn.Conv2d)) and getattr(module, "groups", 1) == 1
 
 
 def _counting(counts: dict[str, list[int]], name: str) -> Any:

@@ -16,7 +16,7 @@ code scales F itself (ConvNeXt). Of blocks inside blocks the inner ones are take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from secateurs.errors import InputError, described
 from secateurs.structure.dimensions import size_of
 from secateurs.structure.rewrite import current_tensors, rewritten
-from secateurs.structure.rules import op_name
+from secateurs.structure.rules import op_name, out_of_place
 from secateurs.structure.substitution import Substitute
 from secateurs.structure.surgery import calling
 from secateurs.structure.trace import Trace, trace
@@ -231,16 +231,5 @@ def _cut(graph: fx.Graph, block: Residual) -> None:
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
         elif node.op == "call_function":
-            node.target = _out_of_place(node.target)
-
-
-def _out_of_place(target: Any) -> Callable[..., Any]:
-    """``relu`` for ``relu_``: in the block it wrote into the sum, now it would into the input."""
-    schema = getattr(target, "_schema", None)
-    name = "" if schema is None else schema.name.rpartition("::")[2]
-    if not name.endswith("_") or name.endswith("__"):
-        made: Callable[..., Any] = target
-        return made
-    packet = getattr(torch.ops.aten, name[:-1])
-    found: Callable[..., Any] = getattr(packet, target._overloadname)
-    return found
+            # in the block it wrote into the sum, now it would write into the input
+            node.target = out_of_place(node)

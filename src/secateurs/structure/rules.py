@@ -185,6 +185,20 @@ def op_name(node: fx.Node) -> str:
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
+def is_in_place(node: fx.Node) -> bool:
+    """Whether a node writes into what it was given: ``relu_``, not ``relu``."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.name.rpartition("::")[2] != op_name(node)
+
+
+def out_of_place(node: fx.Node) -> Callable[..., Any]:
+    """What a node calls, or what does the same without writing into what it is given."""
+    target: Any = node.target
+    if not is_in_place(node):
+        return target
+    return getattr(getattr(torch.ops.aten, op_name(node)), target._overloadname)
+
+
 def frozen_like(value: Any, why: str) -> Value:
     """Frozen dimensions for whatever a node gives."""
     if isinstance(value, Tensor):

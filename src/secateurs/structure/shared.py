@@ -36,7 +36,13 @@ from secateurs.parts.hashing import (
 )
 from secateurs.parts.prunable import check_finite, matches_any
 from secateurs.structure.persistence import rebuilds
-from secateurs.structure.substitution import Substitute, resubstitute, substitute
+from secateurs.structure.substitution import (
+    Substitute,
+    is_plain,
+    owners,
+    resubstitute,
+    substitute,
+)
 
 FORM = "shared"
 Map = Literal["fold", "hash", "tile"]
@@ -353,16 +359,14 @@ def shareable(
             with NaN or Inf.
     """
     groups: dict[int, dict[str, nn.Module]] = {}
-    owners: dict[int, int] = {}
+    named = owners(model)
     for path, module in model.named_modules(remove_duplicate=False):
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-        if path and _is_plain(module) and _size(module) >= min_size:
+        if path and _can_be_shared(module) and _size(module) >= min_size:
             groups.setdefault(id(module.weight), {})[path] = module
     found = [
         Shareable(f"{next(iter(own))}.weight", tuple(own), tuple(own.values()))
         for key, own in groups.items()
-        if len(own) == owners[key]
+        if len(own) == named[key]
     ]
     for pattern in exclude:
         if not any(matches_any(own.name, [pattern]) for own in found):
@@ -382,14 +386,9 @@ def shareable(
     return found
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether its class computes what torch's does, from a weight of its own."""
-    kind = next((k for k in SHARED_KINDS if isinstance(module, k)), None)
-    if kind is None or type(module).forward is not kind.forward:
-        return False
-    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
-        return False
-    return isinstance(module._parameters.get("weight"), nn.Parameter)
+def _can_be_shared(module: nn.Module) -> bool:
+    changing = isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse)
+    return is_plain(module, SHARED_KINDS) and not changing
 
 
 def _size(module: nn.Module) -> int:

@@ -9,6 +9,7 @@ those values by path; weights are loaded afterwards, so no pickle is needed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -53,6 +54,19 @@ class Substitute(nn.Module, ABC):
         Raises:
             InputError: `dense` is not a layer that this can stand in for.
         """
+
+
+def is_plain(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether its class computes what torch's of one of `kinds` does, from a weight of its own."""
+    kind = next((k for k in kinds if isinstance(module, k)), None)
+    own = isinstance(module._parameters.get("weight"), nn.Parameter)
+    return kind is not None and own and type(module).forward is kind.forward
+
+
+def owners(model: nn.Module) -> Counter[int]:
+    """Under how many names the model has each parameter, by its ``id``."""
+    modules = model.named_modules(remove_duplicate=False)
+    return Counter(id(p) for _, module in modules for p in module.parameters(recurse=False))
 
 
 def substitute(model: nn.Module, layers: Mapping[str, Substitute]) -> dict[str, Any]:
