@@ -224,19 +224,47 @@ def test_first_order_scores_are_their_formulas():
             assert scores[name] == pytest.approx(float(value), rel=1e-9)
 
 
-def test_samples_count_once_a_draw():
+def test_samples_count_once_a_draw(monkeypatch):
     model = network(4, 1)
     task, params = task_of(model), create("ecoflap").prunable(model)
-    batches, seen = list(task.train), []
+    seen, whole = [], sc.Task.batch_loss
 
-    def loss(model, batch):
-        seen.append(batch)
-        return task.batch_loss(model, batch)
+    def counted(task, model, batch):
+        seen.append(len(batch[0]))
+        return whole(task, model, batch)
 
-    for samples, draws, passes in ((None, 1, 4), (32, 1, 2), (32, 2, 2), (33, 1, 3)):
+    monkeypatch.setattr(sc.Task, "batch_loss", counted)
+    for samples, draws, sizes in ((32, 1, [8] * 4), (32, 2, [8] * 2), (20, 1, [8, 8, 4])):
         seen.clear()
-        zeroth_order_scores(model, params, loss, batches, samples=samples, draws=draws)
-        assert len(seen) == passes * 2 * len(params)
+        method = create("ecoflap", {"score_samples": samples, "draws": draws})
+        method.scores(model, params, task)
+        assert sorted(seen) == sorted(sizes * (2 * draws * len(params)))
+
+
+def test_pairs_whose_batches_cannot_be_cut_are_collated_anew():
+    """Two rows of inputs and one label a sample, all first rows before all second ones."""
+    model = network(4, 2)
+    rows = [(x, y) for x, y in torch.randn(40, 2, 6).double()]
+
+    def collate(pairs):
+        return torch.stack([*(x for x, _ in pairs), *(y for _, y in pairs)]), range(len(pairs))
+
+    def apart(output, target):
+        one, other = output.chunk(2)
+        assert len(one) == len(target)
+        return (one - other).square().mean(1)
+
+    data = DataLoader(rows, 10, shuffle=True, collate_fn=collate)
+    task = sc.Task(
+        model, data, data, lambda *pair: apart(*pair).mean(), {"accuracy": sc.task.Metric(apart)},
+        torch.zeros(1, 6).double(),
+    )  # fmt: skip
+    outcome = pruned(model, "sparsity=0.5", task, score_samples=12, score_batch=4)
+    assert outcome.promise.kept
+    scores = [row["score"] for row in outcome.tables["allocation"]]
+    assert min(scores) > 0
+    with pytest.raises(InputError, match="samples: got 41; accepted: at most 40"):
+        pruned(model, "sparsity=0.5", task, score_samples=41)
 
 
 def test_losses_that_are_no_number_are_refused():

@@ -2,9 +2,16 @@
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from secateurs.errors import InputError
-from secateurs.training.batches import calibration_inputs, joined, natural_noise, noise_like
+from secateurs.training.batches import (
+    calibration_inputs,
+    joined,
+    labelled_batches,
+    natural_noise,
+    noise_like,
+)
 from secateurs.zoo.catalog import make_task
 
 
@@ -15,6 +22,30 @@ def test_inputs_of_the_first_samples_of_a_seed():
     assert torch.equal(some, again)
     assert not torch.equal(some, calibration_inputs(loader, 70, 4))
     assert len(calibration_inputs(loader, 10**6, 0)) == len(loader.dataset)
+
+
+def test_labelled_batches_are_the_same_samples():
+    loader = make_task("zoo:convnet", "digits").training_loader()
+    whole = calibration_inputs(loader, 20, 3, lambda batch: (batch, None))
+    batches = labelled_batches(loader, 20, 8, 3)
+    assert [len(x) for x, _ in batches] == [8, 8, 4]
+    for part, read in zip(whole, zip(*batches, strict=True), strict=True):
+        assert torch.equal(part, torch.cat(read))
+
+
+def test_labelled_batches_of_a_loader_with_an_order_of_its_own():
+    rows = [(torch.full((2,), float(i)), i) for i in range(12)]
+    drawn = WeightedRandomSampler(torch.ones(12), 12, replacement=True)
+    batches = labelled_batches(DataLoader(rows, 5, sampler=drawn), 7, 3, 0)
+    assert [len(x) for x, _ in batches] == [3, 3, 1]
+    for x, y in batches:
+        assert torch.equal(x[:, 0], y.float())
+
+    def collate(pairs):
+        return torch.stack([*(x for x, _ in pairs)] * 2), torch.tensor([y for _, y in pairs])
+
+    with pytest.raises(InputError, match="task.train: got a loader of its own order"):
+        labelled_batches(DataLoader(rows, 5, sampler=drawn, collate_fn=collate), 7, 3, 0)
 
 
 @pytest.mark.parametrize("law", ["natural", "uniform"])

@@ -38,8 +38,8 @@ from secateurs.parts.patterns import NM, Pattern, Unstructured, best_units, fitt
 from secateurs.parts.prunable import prunable_parameters
 from secateurs.parts.topk import select_largest
 from secateurs.settings import option
-from secateurs.task import Split, Task, batch_size, head, split_batch
-from secateurs.training.batches import calibration_inputs
+from secateurs.task import Split, Task, split_batch
+from secateurs.training.batches import calibration_inputs, split
 from secateurs.workspace import Workspace
 
 Scope = Literal["row", "matrix"]
@@ -315,25 +315,3 @@ def largest_unit(params: Mapping[str, Tensor], removals: Mapping[str, Removal]) 
         1 if isinstance(r.pattern, NM) else int(r.pattern.unit_sizes(params[n].shape).max())
         for n, r in removals.items()
     )
-
-
-def split(inputs: Any, samples: int, size: int) -> list[Any]:
-    """Nested inputs in batches of `size`.
-
-    Raises:
-        InputError: fewer than `samples`.
-    """
-    there = batch_size(inputs)
-    require(there >= samples, "samples", samples, f"at most {there}, all that the data has")
-    return [tail(head(inputs, start + size), start) for start in range(0, samples, size)]
-
-
-def tail(value: Any, start: int) -> Any:
-    """A nested batch without its first `start` samples."""
-    if isinstance(value, Tensor):
-        return value[start:]
-    if isinstance(value, Mapping):
-        return {k: tail(v, start) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(tail(v, start) for v in value)
-    return value

@@ -9,11 +9,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from secateurs.errors import InputError, described, require
 from secateurs.task import Split, Task, batch_size, head, split_batch
-from secateurs.training.order import batches_from, steps_per_epoch
+from secateurs.training.order import (
+    batches_from,
+    can_be_ordered,
+    first_indices,
+    sample_count,
+    steps_per_epoch,
+)
 
 
 def first_batch(task: Task, seed: int) -> Any:
@@ -41,6 +47,52 @@ def calibration_inputs(
         if sum(batch_size(i) for i in found) >= samples:
             break
     return head(joined(found), samples)
+
+
+def labelled_batches(
+    loader: DataLoader[Any], samples: int, size: int, seed: int, unpack: Split = split_batch
+) -> list[Any]:
+    """The first `samples` of a loader under a seed with their labels, in batches of `size`.
+
+    They are collated anew, for not every batch can be cut (pairs of texts, the queries before the
+    documents). Batches of a loader that has an order of its own are cut.
+
+    Raises:
+        InputError: there are fewer, or batches to be cut have not one label a row.
+    """
+    if can_be_ordered(loader):
+        there = sample_count(loader.dataset)
+        require(there >= samples, "samples", samples, f"at most {there}, all that the data has")
+        part = Subset(loader.dataset, first_indices(loader, samples, seed))
+        again: DataLoader[Any] = DataLoader(part, size, collate_fn=loader.collate_fn)
+        return [b for b, _ in islice(batches_from(again, seed, 0), len(again))]
+    whole = calibration_inputs(loader, samples, seed, lambda batch: (batch, None))
+    rows, labels = (batch_size(part) for part in unpack(whole))
+    told = described(f"a loader of its own order, {rows} rows and {labels} labels in a batch")
+    require(rows == labels, "task.train", told, "a label for every row, or a plain DataLoader")
+    return split(whole, samples, size)
+
+
+def split(inputs: Any, samples: int, size: int) -> list[Any]:
+    """Nested inputs in batches of `size`.
+
+    Raises:
+        InputError: fewer than `samples`.
+    """
+    there = batch_size(inputs)
+    require(there >= samples, "samples", samples, f"at most {there}, all that the data has")
+    return [tail(head(inputs, start + size), start) for start in range(0, samples, size)]
+
+
+def tail(value: Any, start: int) -> Any:
+    """A nested batch without its first `start` samples."""
+    if isinstance(value, Tensor):
+        return value[start:]
+    if isinstance(value, Mapping):
+        return {k: tail(v, start) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(tail(v, start) for v in value)
+    return value
 
 
 def noise_like(

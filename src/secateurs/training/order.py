@@ -114,7 +114,7 @@ def batches_from(
     the seed and the step alone, and the generator is left as it was. Loaders with a sampler of
     their own kind and streams are read as they are, from the start of the epoch.
     """
-    if not _can_be_ordered(loader):
+    if not can_be_ordered(loader):
         for batch in _as_given(loader, seed, step):
             yield batch, 1.0
         return
@@ -131,13 +131,20 @@ def sample_count(data: Any) -> int:
     return len(data)
 
 
-def _can_be_ordered(loader: DataLoader[Any]) -> bool:
+def can_be_ordered(loader: DataLoader[Any]) -> bool:
     """Whether an epoch is each sample of the data set once, shuffled or not."""
     sampler = loader.sampler
     if loader.batch_size is None or not isinstance(sampler, RandomSampler | SequentialSampler):
         return False
     drawn_again = isinstance(sampler, RandomSampler) and sampler.replacement
     return not drawn_again and len(sampler) == sample_count(loader.dataset)
+
+
+def first_indices(loader: DataLoader[Any], count: int, seed: int) -> list[int]:
+    """Which samples `batches_from` reads first, of a loader that can be ordered."""
+    shuffle, length = isinstance(loader.sampler, RandomSampler), sample_count(loader.dataset)
+    epoch = SeededBatches(length, count, mix(seed, 0), shuffle=shuffle, drop_last=False)
+    return list(next(iter(epoch)))
 
 
 def _ordered(

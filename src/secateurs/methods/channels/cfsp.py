@@ -47,7 +47,6 @@ from secateurs.calibration.feed_forward import (
     owners,
     silence,
 )
-from secateurs.calibration.layerwise import split
 from secateurs.calibration.moments import Moments
 from secateurs.calibration.walk import Visit, walk
 from secateurs.devices import device_of, to_device
@@ -73,7 +72,7 @@ from secateurs.structure.cost import structure_cost
 from secateurs.structure.removal import promise_of, remove
 from secateurs.structure.trace import trace
 from secateurs.task import Task
-from secateurs.training.batches import calibration_inputs
+from secateurs.training.batches import calibration_inputs, split
 from secateurs.workspace import Workspace
 
 Fine = Literal["act", "act-weight", "wanda", "magnitude", "relative-out", "random"]

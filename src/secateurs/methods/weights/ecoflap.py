@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from secateurs.calibration.blocks import find_blocks, owner_of
-from secateurs.calibration.layerwise import LayerwisePruner, split
+from secateurs.calibration.layerwise import LayerwisePruner
 from secateurs.devices import to_device
 from secateurs.errors import InputError, described, require
 from secateurs.method import Pruner
@@ -52,8 +52,8 @@ from secateurs.parts.saliency import BatchLoss
 from secateurs.registry import Paper, Tags, register
 from secateurs.settings import option
 from secateurs.structure.trace import traceable
-from secateurs.task import Task, batch_size
-from secateurs.training.batches import calibration_inputs
+from secateurs.task import Task
+from secateurs.training.batches import labelled_batches
 from secateurs.training.order import mix
 from secateurs.workspace import Workspace
 
@@ -195,14 +195,16 @@ class ECoFLaP(Pruner):
         """Of every matrix, on the model as it is."""
         zeroth = self.score == "zeroth"
         samples = self.score_samples or (32 if zeroth else 128)
-        whole = calibration_inputs(task.training_loader(), samples, seed, lambda b: (b, None))
-        batches = split(whole, samples, self.score_batch)
+        if zeroth:
+            samples = max(1, samples // self.draws)
+        loader = task.training_loader()
+        batches = labelled_batches(loader, samples, self.score_batch, seed, task.unpack)
         if not zeroth:
             kind: Any = self.score.removeprefix("first-")
             return first_order_scores(model, params, task.batch_loss, batches, kind)
         return zeroth_order_scores(
             model, params, task.batch_loss, batches,
-            epsilon=self.epsilon, samples=samples, draws=self.draws, seed=seed, work=work,
+            epsilon=self.epsilon, draws=self.draws, seed=seed, work=work,
         )  # fmt: skip
 
     def allocation(
@@ -277,7 +279,6 @@ def zeroth_order_scores(
     batches: Sequence[Any],
     *,
     epsilon: float = 1e-3,
-    samples: int | None = None,
     draws: int = 1,
     seed: int = 0,
     work: Workspace | None = None,
@@ -290,8 +291,6 @@ def zeroth_order_scores(
     Args:
         params: matrices to be scored, parameters of the model.
         loss: (model, batch) -> mean loss.
-        samples: batches are taken until so many were used, each counting once a draw; all of
-            them by default.
         draws: directions a batch.
 
     Raises:
@@ -299,7 +298,7 @@ def zeroth_order_scores(
     """
     scores: Scores = {}
     with _losses(model, loss) as loss_of:
-        taken = [to_device(batch, _device(params)) for batch in _taken(batches, samples, draws)]
+        taken = [to_device(batch, _device(params)) for batch in batches]
         with (work or Workspace()).progress("ecoflap: matrices", len(params)) as advance:
             for number, (name, parameter) in enumerate(params.items(), 1):
                 total = 0.0
@@ -362,15 +361,6 @@ def _rise(
         return above - float(loss_of(batch))
     finally:
         parameter.data = before
-
-
-def _taken(batches: Sequence[Any], samples: int | None, draws: int) -> Iterator[Any]:
-    used = 0
-    for batch in batches:
-        if samples is not None and used >= samples:
-            return
-        used += batch_size(batch) * draws
-        yield batch
 
 
 def _device(params: Mapping[str, Tensor]) -> torch.device:

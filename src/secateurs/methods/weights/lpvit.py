@@ -46,7 +46,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateurs.calibration.layerwise import split
 from secateurs.deploy.energy import energy_model
 from secateurs.devices import device_of, to_device
 from secateurs.errors import InputError, described, require
@@ -68,7 +67,7 @@ from secateurs.parts.patterns import Block
 from secateurs.registry import Paper, Tags, register
 from secateurs.settings import option
 from secateurs.task import Task, batch_size, logits_of
-from secateurs.training.batches import calibration_inputs
+from secateurs.training.batches import calibration_inputs, split
 from secateurs.training.distillation import distilled
 from secateurs.training.loop import own_randomness
 from secateurs.training.order import mix

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secateurs.calibration.blocks import find_blocks, is_norm, owner_of
-from secateurs.calibration.layerwise import LayerwisePruner, largest_unit, split
+from secateurs.calibration.layerwise import LayerwisePruner, largest_unit
 from secateurs.calibration.moments import is_known, outputs_first
 from secateurs.calibration.walk import Visit, walk
 from secateurs.devices import device_of, to_device
@@ -52,7 +52,7 @@ from secateurs.settings import TrainSettings, option
 from secateurs.state import model_state
 from secateurs.task import Task
 from secateurs.training import adapters as low_rank
-from secateurs.training.batches import calibration_inputs
+from secateurs.training.batches import calibration_inputs, split
 from secateurs.training.loop import fit_once, total_steps
 from secateurs.training.order import mix
 from secateurs.workspace import Workspace
