@@ -72,7 +72,8 @@ def prune(
         seed: of everything random.
         recover: after one-shot methods, train with the masks kept: by ``task.finetuning``, or
             by ``task.training`` for methods that prune before training. Or how any method's
-            result is to recover: ``finetune``, ``perp``, ``{"perp": {options}}``, ``none``.
+            result is to recover: ``finetune``, ``lora``, ``perp``, ``{"perp": {options}}``,
+            ``none``.
         inplace: work on `model` itself; by default on a copy. On an error the copy is dropped,
             or the model gets its weights back.
         with_latency: time a forward pass before and after.

@@ -361,7 +361,7 @@ track_option = click.option("--track", metavar="NAME", help="tensorboard, mlflow
     metavar="HOW",
     default="usual",
     show_default=True,
-    help="training afterwards: usual (what the method has), finetune, perp, none",
+    help="training afterwards: usual (what the method has), finetune, lora, perp, none",
 )
 @click.option("--no-recover", is_flag=True, help="the same as --recover none")
 @click.option("--threads", type=int, help="threads of torch [default: of the machine]")

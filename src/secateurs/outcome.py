@@ -69,6 +69,8 @@ class Outcome:
         history: a record a round, an epoch or an arm, as the method has them.
         tables: further results of a method, by title, each a list of rows.
         delta: what leads from the base to the model, of methods that prune the difference.
+        rank_weights: how large adapters of a recovery should be, block by block, relative to
+            each other; empty where the method does not say.
         surgery: how the model was made smaller than the dense one, step by step: plans of
             `secateurs.structure.persistence`; empty where nothing was.
         notes: what the user should know, such as layers that were left dense or emptied.
@@ -91,6 +93,7 @@ class Outcome:
     metrics_after: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    rank_weights: dict[str, float] = field(default_factory=dict)
     surgery: list[dict[str, Any]] = field(default_factory=list)
     delta: SparseDelta | None = None
     notes: list[str] = field(default_factory=list)

@@ -1,8 +1,8 @@
 """How a pruned model gets its quality back, whatever pruned it.
 
 `prune` and the ``prune`` stage of a recipe take it as ``recover``: true for what is usual for the
-method, false or ``none``, ``finetune``, or the name of a method that is a `Recovery`, such as
-``perp``, with its options in a mapping: ``recover: {perp: {steps: 500}}``.
+method, false or ``none``, ``finetune``, ``lora``, or the name of a method that is a `Recovery`,
+such as ``perp``, with its options in a mapping: ``recover: {perp: {steps: 500}}``.
 """
 
 from __future__ import annotations
@@ -90,6 +90,9 @@ def finetune(
     )
 
 
+LORA = {"biases": False, "norms": False, "head": False}
+"""Options of `perp` that leave its adapters alone."""
+
 Recover = bool | str | Mapping[str, Any] | Recovery
 """A recovery as people write it."""
 
@@ -113,9 +116,11 @@ def recovery(given: Recover) -> bool | Recovery:
     if name == "finetune":
         require(not options, "recover finetune", options, "no options: the finetuning settings")
         return Finetuning()
+    if name == "lora":
+        name, options = "perp", {**LORA, **options}
     known = [n for n, c in list_methods().items() if issubclass(c, Recovery)]
     if name not in known:
-        raise unknown("recover", str(name), ("true", "false", "none", "finetune", *known))
+        raise unknown("recover", str(name), ("true", "false", "none", "finetune", "lora", *known))
     made = create(str(name), options)
     assert isinstance(made, Recovery)
     return made

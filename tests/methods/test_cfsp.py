@@ -23,6 +23,7 @@ from secateurs.methods.channels.cfsp import (
     relative_scores,
 )
 from secateurs.parts.allocation import importance_ranks, sigmoid_allocation, sigmoid_weights
+from secateurs.training import adapters
 from secateurs.zoo.transformers import CharTransformer, TransformerBlock, VisionTransformer
 
 VOCABULARY = 24
@@ -377,13 +378,30 @@ def test_the_user_s_model_is_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_the_table_says_ranks_for_the_recovery():
-    outcome = pruned(transformer(), "keep=0.5", rank=4.0)
+def test_ranks_of_the_recovery_follow_the_angles(monkeypatch):
+    seen = {}
+
+    def wrap(model, names, kind, rank, *args, **options):
+        seen.update(rank)
+        return wrapped(model, names, kind, rank, *args, **options)
+
+    wrapped = adapters.wrap
+    monkeypatch.setattr(adapters, "wrap", wrap)
+    lora = {"lora": {"rank": 4, "steps": 3, "lr": 1e-2}}
+    outcome = pruned(transformer(), "keep=0.5", recover=lora)
     table = outcome.tables["blocks"]
-    assert [set(r) for r in table] == [{"block", "angle", "keep", "neurons", "of", "rank"}] * 4
-    assert sum(r["rank"] for r in table) == 16
+    assert [set(r) for r in table] == [{"block", "angle", "keep", "neurons", "of"}] * 4
     angles = double([r["angle"] for r in table])
-    assert [r["rank"] for r in table] == importance_ranks(sigmoid_weights(angles), 4)
+    wanted = importance_ranks(sigmoid_weights(angles), 4)
+    assert sum(wanted) == 16
+    assert len(set(wanted)) > 1
+    for row, rank in zip(table, wanted, strict=True):
+        assert {r for n, r in seen.items() if n.startswith(row["block"] + ".")} == {rank}
+    [adapted, total] = outcome.tables["trained parameters"]
+    assert (adapted["part"], total["part"]) == ("adapters", "all")
+    assert not adapters.adapters(outcome.model)
+    raw = pruned(transformer(), "keep=0.5")
+    assert outcome.metrics_after["loss"] < raw.metrics_after["loss"]
 
 
 # --- models of others -------------------------------------------------------------------------
@@ -500,7 +518,7 @@ def test_encoder_and_decoder_are_both_narrowed():
 def test_a_model_without_blocks_is_one_and_of_it_no_angle_is_taken(digits_task):
     outcome = pruned(digits_task.fresh_model(0), "keep=0.5", digits_task, samples=64)
     [row] = outcome.tables["blocks"]
-    assert row == {"block": "model", "keep": 0.5, "neurons": 24, "of": 48, "rank": 8}
+    assert row == {"block": "model", "keep": 0.5, "neurons": 24, "of": 48}
     assert outcome.model[0].out_features == 16
 
 
@@ -527,7 +545,7 @@ def test_what_cannot_be_measured_is_refused():
 @pytest.mark.parametrize(
     ("option", "value"),
     [("alpha", -1.0), ("margin", 0.5), ("round_to", 0), ("samples", 0), ("batch", 0),
-     ("rank", 0.0), ("b", -1.0), ("c", -1.0), ("metric", "sine"), ("score", "loud")],
+     ("b", -1.0), ("c", -1.0), ("metric", "sine"), ("score", "loud")],
 )  # fmt: skip
 def test_bad_options_are_refused(option, value):
     with pytest.raises(InputError, match=option):

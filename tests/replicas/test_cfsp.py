@@ -19,9 +19,12 @@ The angles are 0.44, 0.23, 0.19, 0.17 and 0.16. At 0.85 angles are worth 2 point
 activation is 4 points above them, not the card's 5 and more.
 """
 
+import copy
+
 import pytest
 
 import secateurs as sc
+from secateurs.recovery import recovery
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +38,7 @@ ARMS = {
     "cfsp, relative-out": {"score": "relative-out"},
     "cfsp, sequential": {"sequential": True},
 }
+RECOVERY = recovery({"lora": {"rank": 4, "alpha": 8.0, "steps": 90, "lr": 3e-3}})
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +54,17 @@ def measured(digits_transformer, tables):
                     model, "cfsp", f"keep={1 - gone:.2f}", task, seed=seed, **options
                 )
                 table.note((arm, gone), outcome.metrics_after["accuracy"])
-                if arm == "cfsp" and gone == GONE[0]:
+                if arm != "cfsp":
+                    continue
+                if gone == GONE[0]:
                     for row in outcome.tables["blocks"]:
                         angles.note(row["block"], row["angle"])
+                for ranks in ("by angle", "even"):
+                    twin = copy.deepcopy(outcome)
+                    if ranks == "even":
+                        twin.rank_weights = {}
+                    RECOVERY.recover(twin, task, seed=seed)
+                    table.add((f"lora, {ranks}", gone), task, twin.model)
     return table.means(), angles.means()
 
 
@@ -67,6 +79,14 @@ def test_loud_neurons_are_better_than_random_ones_and_angles_help(measured, gone
 def test_half_of_the_neurons_are_hardly_missed(measured):
     accuracy, _ = measured
     assert accuracy["cfsp", 0.5] >= accuracy["dense"] - 0.02
+
+
+def test_adapters_bring_back_what_neurons_cost(measured):
+    """The ranks are the paper's idea; what they are worth it does not say."""
+    accuracy, _ = measured
+    for gone in (0.7, 0.85):
+        assert accuracy["lora, by angle", gone] >= accuracy["cfsp", gone]
+        assert abs(accuracy["lora, by angle", gone] - accuracy["lora, even", gone]) <= 0.02
 
 
 def test_the_first_block_turns_the_stream_most(measured):

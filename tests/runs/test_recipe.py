@@ -144,3 +144,18 @@ def test_how_it_recovers_is_the_stage_s_own_in_a_matrix() -> None:
     )
     assert [c.label for c in matrix.cells] == ["wanda", "wanda (recover=False)"]
     assert [c.recipe.stages[-1].recover for c in matrix.cells] == [True, False]
+
+
+def test_a_method_may_have_budgets_of_its_own_in_a_matrix() -> None:
+    text = (
+        "model: zoo:mlp\ndata: digits\nbudgets: [sparsity=0.5]\nbaselines: false\n"
+        "methods: [magnitude, {method: magnitude, label: pattern, budgets: OWN}]\n"
+    )
+    matrix = Matrix.parse(text.replace("OWN", "['2:4', sparsity=0.8]"))
+    found = [(c.label, c.stage.budget, c.stage.options) for c in matrix.cells]
+    assert found == [("magnitude", "sparsity=0.5", {}), ("pattern", "2:4", {}),
+                     ("pattern", "sparsity=0.8", {})]  # fmt: skip
+    assert Matrix.parse(matrix.as_yaml()) == matrix
+    for wrong in ("[]", "2:4"):
+        with pytest.raises(InputError, match="budgets: got .*a list of budgets"):
+            Matrix.parse(text.replace("OWN", wrong))

@@ -9,7 +9,7 @@ another kind, so neither is taken for a block. A model without stacks is one blo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
@@ -26,7 +26,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return blocks or {"": model}
 
 
-def owner_of(name: str, blocks: dict[str, nn.Module]) -> str | None:
+def owner_of(name: str, blocks: Collection[str]) -> str | None:
     """The block that a qualified name lies in."""
     if "" in blocks:
         return ""

@@ -80,8 +80,8 @@ class Matrix:
 
     Attributes:
         tasks: recipes without stages: model, data and their settings.
-        methods: names, or mappings with ``method``, ``label``, options, and ``recover`` as a
-            stage has it.
+        methods: names, or mappings with ``method``, ``label``, options, ``recover`` as a stage
+            has it, and ``budgets`` in place of the matrix's.
         budgets: in the budget language.
         seeds: their number, or the seeds themselves.
         baselines: whether the three baselines are added.
@@ -143,7 +143,7 @@ class Matrix:
         for task in self.tasks:
             for method in self._methods():
                 label, name, options = method_entry(method)
-                for budget in self.budgets:
+                for budget in self._budgets(method):
                     stages = stages_for(name, budget, options, fresh=is_fresh(task))
                     for seed in seeds:
                         recipe = Recipe.from_dict(
@@ -159,6 +159,13 @@ class Matrix:
                         if cell.identity not in seen:
                             seen.add(cell.identity)
                             yield cell
+
+    def _budgets(self, method: Any) -> tuple[str, ...]:
+        if not isinstance(method, dict) or "budgets" not in method:
+            return self.budgets
+        own = method["budgets"]
+        require(isinstance(own, list) and bool(own), "budgets", own, "a list of budgets")
+        return tuple(own)
 
     def _methods(self) -> list[Any]:
         own = [method_entry(m)[1:] for m in self.methods]
@@ -180,7 +187,7 @@ def method_entry(value: Any) -> tuple[str, str, dict[str, Any]]:
         raise InputError("methods", value, "a name, or {method: NAME, label: ..., options...}")
     name = str(value["method"])
     method_class(name)
-    options = {k: v for k, v in value.items() if k not in ("method", "label")}
+    options = {k: v for k, v in value.items() if k not in ("method", "label", "budgets")}
     shown = ", ".join(f"{k}={v}" for k, v in options.items())
     return str(value.get("label", f"{name} ({shown})" if shown else name)), name, options
 

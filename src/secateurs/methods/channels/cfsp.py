@@ -22,7 +22,8 @@ layers of different widths the mean share is taken over neurons. `sequential` me
 activations of a block behind the pruned ones before it, which the paper does not.
 
 The budget is of the whole model (macs, params, sparsity, density), or of the neurons: keep=0.8.
-For its recovery the paper gives important blocks more rank in LoRA: the ranks are in the table.
+For its recovery the paper gives important blocks more rank in LoRA, in proportion to the same
+sigmoid (nothing of it was released): ``recover="lora"``, or ``perp``, do that.
 """
 
 from __future__ import annotations
@@ -56,7 +57,6 @@ from secateurs.outcome import Outcome, Promise
 from secateurs.parts.allocation import (
     CFSP_SCALE,
     counts_from_densities,
-    importance_ranks,
     sigmoid_allocation,
     sigmoid_weights,
     with_floor,
@@ -108,7 +108,6 @@ class CFSP(Pruner):
     sequential: bool = option(False, "measure activations behind blocks that are pruned already")
     samples: int = option(128, "calibration inputs", "samples")
     batch: int = option(8, "calibration inputs that run at once", "samples")
-    rank: float = option(8.0, "mean rank of the LoRA ranks that the table gives")
     exclude: tuple[str, ...] = option((), "regular expressions of axes to leave whole")
 
     def __post_init__(self) -> None:
@@ -119,7 +118,6 @@ class CFSP(Pruner):
         require(self.round_to >= 1, "round_to", self.round_to, "at least 1")
         require(self.samples >= 1, "samples", self.samples, "at least 1")
         require(self.batch >= 1, "batch", self.batch, "at least 1")
-        require(self.rank >= 1, "rank", self.rank, "at least 1")
 
     def prune(
         self,
@@ -152,6 +150,7 @@ class CFSP(Pruner):
         units = {x.group.axis: kept[x.name].numpy() for x in layers if counts[x.name] < x.size}
         remove(outcome, structure, Choice(units, 0, 0))
         outcome.tables["blocks"] = widths.table(counts)
+        outcome.rank_weights = widths.rank_weights
         outcome.model.train(training)
         return outcome
 
@@ -335,14 +334,12 @@ class Widths:
         return self.counts(low), promise_of(budget, cost, choice)
 
     def table(self, counts: Mapping[str, int]) -> list[dict[str, Any]]:
-        """Blocks with importance, share, neurons, and a rank for LoRA."""
-        weights = sigmoid_weights(self._scores, self.method.alpha)
-        ranks = importance_ranks(weights, self.method.rank)
+        """Blocks with importance, share and neurons."""
         metric = self.method.metric
         title = {"angular": "angle"}.get(metric, metric)
         known = metric != "constant" and len(self.neurons) > 1
         rows = []
-        for (block, neurons), rank in zip(self.neurons.items(), ranks, strict=True):
+        for block, neurons in self.neurons.items():
             kept = sum(counts[x.name] for x in self.layers if x.block == block)
             rows.append(
                 {
@@ -351,10 +348,15 @@ class Widths:
                     "keep": kept / neurons,
                     "neurons": kept,
                     "of": neurons,
-                    "rank": rank,
                 }
             )
         return rows
+
+    @property
+    def rank_weights(self) -> dict[str, float]:
+        """Of every block, for the adapters of a recovery."""
+        weights = sigmoid_weights(self._scores, self.method.alpha)
+        return dict(zip(self.neurons, weights.tolist(), strict=True))
 
     @property
     def _scores(self) -> Tensor:

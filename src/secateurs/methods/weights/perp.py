@@ -17,10 +17,11 @@ the function. Two modes:
    method pruned is reconstructed afterwards.
 
 AdamW, linear warm-up over a tenth of the steps and linear decay to 0. The baseline, all weights
-trained under their masks, is ``recover="finetune"``. In the authors' code the mask is W != 0; here
-it is the outcome's, so a weight that happens to be zero still trains. The code's forward of
-scale-lora calls a dropout that does not exist; there is none here. A head whose weight is the
-embedding's gets no adapter, because merging it would change the embedding.
+trained under their masks, is ``recover="finetune"``; ``recover="lora"`` is the adapters alone. In
+the authors' code the mask is W != 0; here it is the outcome's, so a weight that happens to be zero
+still trains. The code's forward of scale-lora calls a dropout that does not exist; there is none
+here. A head whose weight is the embedding's gets no adapter, because merging it would change the
+embedding.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from secateurs.devices import device_of, to_device
 from secateurs.errors import DivergedError, InputError, described, require
 from secateurs.method import Pruner, masked_outcome
 from secateurs.outcome import Outcome
+from secateurs.parts.allocation import importance_ranks
 from secateurs.parts.budgets import Budget
 from secateurs.parts.masks import Masks, named_parameters
 from secateurs.recovery import Recovery
@@ -118,7 +120,7 @@ class Perp(Pruner, Recovery):
     biases: bool = option(True, "train all biases, those of norms and of the head too")
     norms: bool = option(True, "train scales and shifts of normalisation layers")
     head: bool = option(True, "an ordinary adapter on the output layer, merged densely")
-    rank: int = option(16, "of the adapters")
+    rank: int = option(16, "of the adapters; their mean where the method tells blocks apart (cfsp)")
     alpha: float = option(32.0, "adapters are multiplied by alpha / rank")
     dropout: float = option(0.0, "of what a plain adapter is given")
     steps: int | None = option(
@@ -241,6 +243,7 @@ class Perp(Pruner, Recovery):
         masks: Mapping[str, Tensor],
         *,
         head: str | None = None,
+        rank_weights: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> Selection:
         """Put adapters in and set what trains; all else must be frozen (`adapters.frozen`).
@@ -248,6 +251,7 @@ class Perp(Pruner, Recovery):
         Args:
             masks: of the pruned weights; without any, every layer inside the blocks is adapted.
             head: the output layer, if it is to have an adapter.
+            rank_weights: of blocks, whose ranks are then in proportion, `rank` on average.
 
         Raises:
             InputError: nothing is left to train.
@@ -260,14 +264,15 @@ class Perp(Pruner, Recovery):
         adapted: dict[str, low_rank.AdaptedLayer] = {}
         if self.adapters != "none":
             names = [n for n in own if n not in bad]
+            ranks = ranks_of(names, rank_weights or {}, self.rank)
             adapted = low_rank.wrap(
-                model, names, self.adapters, self.rank, self.alpha, masks=masks,
+                model, names, self.adapters, ranks, self.alpha, masks=masks,
                 dropout=self.dropout, recompute=self.recompute, seed=seed,
             )  # fmt: skip
             if not names:
                 notes.append("no adapters: no layer of a known kind in what was pruned")
             whole = [n for n in names if (m := masks.get(f"{n}.weight")) is None or bool(m.all())]
-            if whole:
+            if masks and whole:
                 notes.append(f"adapters on layers of which nothing is pruned: {', '.join(whole)}")
         heads: dict[str, low_rank.AdaptedLayer] = {}
         if head and head not in own and head not in bad:
@@ -299,7 +304,9 @@ class Perp(Pruner, Recovery):
             settings = replace(settings, precision=half)
         with low_rank.frozen(model):
             head = head_of(model) if self.head else None
-            selection = self.select(model, outcome.masks, head=head, seed=seed)
+            selection = self.select(
+                model, outcome.masks, head=head, rank_weights=outcome.rank_weights, seed=seed
+            )
             with in_float32(p for part in selection.parts.values() for p in part):
                 fit_once(model, task, settings, seed=seed, work=work, name="perp")
             changes = self.adapters in ("lora", "lora-prune")
@@ -443,6 +450,13 @@ def layers_of(model: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:
         for name, layer in model.named_modules()
         if name and is_known(layer) and owner_of(name, blocks) is not None
     ]
+
+
+def ranks_of(layers: Iterable[str], weights: Mapping[str, float], mean: int) -> dict[str, int]:
+    """The rank of every layer: in proportion to the weight of its block, `mean` elsewhere."""
+    values = torch.tensor(list(weights.values()), dtype=torch.float64)
+    by_block = dict(zip(weights, importance_ranks(values, mean), strict=True)) if weights else {}
+    return {name: by_block.get(owner_of(name, weights) or "", mean) for name in layers}
 
 
 def head_of(model: nn.Module) -> str | None:
