@@ -2,20 +2,20 @@
 
 Paper: arXiv 2312.15230; the card's replica is the claim. A gated vision transformer, every matrix
 of its blocks pruned by magnitude, 90 updates of batch 64 with lr 3e-3 (all weights: 1e-3), r = 4.
-So far measured with seed 0 alone, the dense network being at 0.969, by sparsity:
+Means of 3 seeds, 4 minutes on one core, the dense network being at 0.973 ± 0.005, by sparsity:
 
-                          70 %      85 %
-    none                  0.602     0.236
-    norms                 0.878
-    biases                0.882
-    biases and norms      0.913
-    mask-lora             0.953
-    scale-lora            0.942
-    lora-prune            0.907
-    the same, unmerged    0.951
-    full                  0.951     0.896
+                          70 %             85 %
+    none                  0.641 ± 0.103    0.223 ± 0.067
+    norms                 0.879 ± 0.019    0.536 ± 0.041
+    biases                0.896 ± 0.018    0.653 ± 0.004
+    biases and norms      0.918 ± 0.018    0.720 ± 0.006
+    mask-lora             0.952 ± 0.007    0.893 ± 0.008
+    scale-lora            0.946 ± 0.003    0.881 ± 0.017
+    lora-prune            0.910 ± 0.026    0.592 ± 0.032
+    the same, unmerged    0.956 ± 0.007    0.933 ± 0.012
+    full                  0.956 ± 0.005    0.892 ± 0.011
 
-The card has for mask-lora 0.936 and 0.893, for full 0.942 and 0.893. What is asserted is at 70 %.
+The card has for mask-lora 0.936 and 0.893, for full 0.942 and 0.893.
 """
 
 import pytest
@@ -69,20 +69,23 @@ def measured(digits_transformer, tables):
     return measure(digits_transformer, tables())
 
 
-def test_biases_and_norms_bring_back_most(measured):
-    none, both = measured.mean((0.7, "none")), measured.mean((0.7, "biases and norms"))
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_biases_and_norms_bring_back_most(measured, sparsity):
+    none, both = measured.mean((sparsity, "none")), measured.mean((sparsity, "biases and norms"))
     assert both >= none + 0.2
     for arm in ("biases", "norms"):
-        assert measured.mean((0.7, arm)) >= none + 0.15
+        assert measured.mean((sparsity, arm)) >= none + 0.15
 
 
-def test_adapters_that_keep_the_zeros_come_close_to_training_everything(measured):
-    full = measured.mean((0.7, "full"))
-    assert measured.mean((0.7, "mask-lora")) >= full - 0.02
-    assert measured.mean((0.7, "scale-lora")) >= full - 0.03
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_adapters_that_keep_the_zeros_come_close_to_training_everything(measured, sparsity):
+    full = measured.mean((sparsity, "full"))
+    assert measured.mean((sparsity, "mask-lora")) >= full - 0.02
+    assert measured.mean((sparsity, "scale-lora")) >= full - 0.03
 
 
-def test_a_mask_that_comes_at_the_end_costs_what_the_adapter_had_won(measured):
-    merged, before = (measured.mean((0.7, f"lora-prune{s}")) for s in ("", ", unmerged"))
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_a_mask_that_comes_at_the_end_costs_what_the_adapter_had_won(measured, sparsity):
+    merged, before = (measured.mean((sparsity, f"lora-prune{s}")) for s in ("", ", unmerged"))
     assert merged <= before - 0.02
-    assert merged <= measured.mean((0.7, "mask-lora")) - 0.02
+    assert merged <= measured.mean((sparsity, "mask-lora")) - 0.02
