@@ -110,7 +110,7 @@ def _experts_in(factor: Tensor, experts: Tensor) -> tuple[list[int], bool] | Non
     whole = (*experts.shape[1:], rows, columns)
     seen = (*view.shape[1:], *view.stride()[1:])
     transposed = seen != whole
-    first, inside = divmod(view.storage_offset() - experts.storage_offset(), step)
+    first, inside = divmod(int(view.storage_offset() - experts.storage_offset()), step)
     if inside or (transposed and seen != (whole[1], whole[0], whole[3], whole[2])):
         return None
     numbers = [first + i * view.stride(0) // step for i in range(len(view))]
