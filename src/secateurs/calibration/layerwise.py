@@ -58,6 +58,7 @@ Scope = Literal["row", "matrix"]
 Statistic = Literal["none", "squares", "products"]
 
 UNREACHED = "no calibration input reached it; pruned by magnitude"
+ASSUMED = "taken as (experts, outputs, inputs), which nothing says"
 
 
 @dataclass(frozen=True)
@@ -323,8 +324,9 @@ class LayerwisePruner(Pruner):
             left -= int(made.mask.sum())
             if made.note:
                 told.append((number, made.note))
-        unsaid = fed.inputs_first is None and not says_layout(module)
-        assumed = ["taken as (experts, outputs, inputs), its module does not say"] if unsaid else []
+        single = isinstance(removal.pattern, Unstructured) and getattr(self, "scope", "") != "row"
+        known = fed.inputs_first is not None or says_layout(module)
+        assumed = [] if known or single else [ASSUMED]
         return mask, "; ".join([*assumed, *_by_expert(told)])
 
 
