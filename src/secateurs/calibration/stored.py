@@ -90,10 +90,21 @@ class Conversion:
             one_way = len(patterns) == len(names) or len(names) == 1
             require(one_way, "checkpoint", ", ".join(names), f"one of them, for {own}")
             part = Part(names, (own,), patterns)
-            if patterns:  # one stored tensor may become several
-                part = Part(names, tuple(self._convert(part, stored)), patterns)
+            if patterns:
+                part = self._with_names(part, stored)
             parts.append(part)
         return parts
+
+    def _with_names(self, part: Part, stored: Mapping[str, Tensor]) -> Part:
+        """A part with the names of all tensors that are made of it."""
+        try:
+            return Part(part.stored, tuple(self._convert(part, stored)), part.patterns)
+        except (RuntimeError, ValueError, TypeError) as error:
+            given = described(
+                f"{len(part.stored)} tensors, {part.stored[0]} first, that do not fit"
+            )
+            accepted = f"those that transformers makes it of ({error})"
+            raise InputError(f"checkpoint {part.own[0]}", given, accepted) from None
 
     def _convert(self, part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rule = copy.deepcopy(self._rules[part.patterns[0]])
