@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import secateurs as sc
 from secateurs.calibration.experts import watching
-from secateurs.calibration.layerwise import ASSUMED, UNREACHED, Removal
+from secateurs.calibration.layerwise import ASSUMED, UNREACHED, UNSEEN, Removal
 from secateurs.calibration.moments import outputs_first
 from secateurs.calibration.walk import walk
 from secateurs.errors import InputError
@@ -216,6 +216,22 @@ def test_an_expert_without_a_token_is_pruned_by_magnitude_and_named(method):
         assert int(kept.sum()) == kept.numel() // 2
         assert weight[~kept].max() <= weight[kept].min()
         assert torch.equal(one.get_parameter(name)[-1], fused.get_parameter(name)[-1] * kept)
+
+
+class Opaque(Fused):
+    """Multiplies by a way that is no product of matrices."""
+
+    def forward(self, number, x):
+        up = torch.relu((x[:, None] * self.up[number]).sum(-1))
+        return (up[:, None] * self.down[number]).sum(-1)
+
+
+def test_products_that_nobody_sees_are_told():
+    fused = by_hand(lambda: Opaque(inputs_first=False, says=True))
+    _, masks, notes = pruned(fused, "wanda", "sparsity=0.5", INPUTS)
+    assert notes == [f"{name}: experts 0, 1, 2, 3: {UNSEEN}" for name in masks]
+    _, others, _ = pruned(fused, "magnitude", "sparsity=0.5", ())
+    assert all(torch.equal(mask, others[name]) for name, mask in masks.items())
 
 
 def test_blocks_lie_within_an_expert_and_their_rounding_is_made_up_for():

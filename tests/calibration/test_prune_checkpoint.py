@@ -144,6 +144,17 @@ def test_experts_come_back_under_the_names_under_which_they_were(tmp_path, name,
     assert any(".11." in n for n in names[0]) == (name != "GptOss")
 
 
+def test_experts_that_are_one_array_in_the_files_stay_so(tmp_path):
+    model = mixture("Mixtral")
+    model.save_pretrained(tmp_path / "dense", save_original_format=False)
+    sc.prune_checkpoint(tmp_path / "dense", tmp_path / "out", "magnitude", "2:4")
+    placed = json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]
+    assert set(placed) == set(load_file(tmp_path / "dense" / "model.safetensors"))
+    assert set(placed) == set(model.state_dict())
+    down = reread(tmp_path / "out").model.layers[1].mlp.experts.down_proj
+    assert bool(((down != 0).unflatten(2, (-1, 4)).sum(-1) == 2).all())
+
+
 def test_experts_go_on_where_a_run_died(tmp_path, monkeypatch):
     mixture("Mixtral").save_pretrained(tmp_path / "dense")
     arguments = ("wanda", "2:4", BATCHES)

@@ -58,6 +58,7 @@ Scope = Literal["row", "matrix"]
 Statistic = Literal["none", "squares", "products"]
 
 UNREACHED = "no calibration input reached it; pruned by magnitude"
+UNSEEN = "no product with it was seen; pruned by magnitude"
 ASSUMED = "taken as (experts, outputs, inputs), which nothing says"
 
 
@@ -305,6 +306,7 @@ class LayerwisePruner(Pruner):
         mask = torch.ones_like(parameter, dtype=torch.bool)
         matrices = expert_matrices(parameter, inputs_first=inputs_first)
         own_masks = expert_matrices(mask, inputs_first=inputs_first)
+        unfed = UNREACHED if fed.moments else UNSEEN
         told: list[tuple[int, str]] = []
         if isinstance(removal.pattern, NM) and not removal.pattern.fits(matrices.shape[1:]):
             return mask, f"left dense, {removal.pattern.m} does not divide the input dimension"
@@ -316,7 +318,7 @@ class LayerwisePruner(Pruner):
             weight = matrix[None].contiguous()
             if moments is None and self.statistic != "none":
                 kept = mask_of(weight.abs(), own, "matrix")
-                made = Pruned(weight * kept, kept, UNREACHED)
+                made = Pruned(weight * kept, kept, unfed)
             else:
                 made = self.prune_layer(weight, own, moments)
             matrix.copy_(made.weight[0])
