@@ -242,6 +242,8 @@ def test_blocks_lie_within_an_expert_and_their_rounding_is_made_up_for():
         for own in mask:
             assert set(pattern.pool(own.float()).tolist()) <= {0.0, 1.0}
         assert abs(int(mask.sum()) - 0.7 * mask.numel()) <= 5 * 7
+    outcome = sc.prune(fused, "magnitude", "sparsity=0.3", pattern="block:5x7")
+    assert outcome.unit == 5 * 7
 
 
 # transformers' own mixtures

@@ -114,4 +114,5 @@ def _experts_in(factor: Tensor, experts: Tensor) -> tuple[list[int], bool] | Non
     if inside or (transposed and seen != (whole[1], whole[0], whole[3], whole[2])):
         return None
     numbers = [first + i * view.stride(0) // step for i in range(len(view))]
-    return numbers, transposed
+    inside_all = all(0 <= number < len(experts) for number in numbers)  # not of a neighbour
+    return (numbers, transposed) if inside_all else None

@@ -146,8 +146,8 @@ class LayerwisePruner(Pruner):
         densities: Mapping[str, float] | None = None,
     ) -> Outcome:
         """As `Pruner.prune`; `densities` by weight, of an allocation, instead of all the same."""
-        params = self.prunable(model)
-        removals, notes = self.removals(outputs_first(model, params), budget, densities)
+        params = outputs_first(model, self.prunable(model))
+        removals, notes = self.removals(params, budget, densities)
         if hidden := [name for name in self._inside(model) if name not in params]:
             notes.append(f"left dense, their inputs cannot be seen: {', '.join(hidden)}")
         masks, more = self.apply(model, removals, self.batches(task, seed), work=work)
@@ -383,7 +383,7 @@ def named_weights(visit: Visit) -> dict[str, nn.Parameter]:
 
 
 def largest_unit(params: Mapping[str, Tensor], removals: Mapping[str, Removal]) -> int:
-    """Weights of the largest unit."""
+    """Weights of the largest unit of weights as `outputs_first` gives them."""
     return max(
         1 if isinstance(r.pattern, NM) else int(r.pattern.unit_sizes(params[n].shape).max())
         for n, r in removals.items()
