@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import secateurs as sc
+from secateurs.calibration import shards
+from secateurs.calibration.moments import outputs_first
 from secateurs.calibration.shards import INDEX
 from secateurs.errors import InputError
 from secateurs.registry import create
@@ -97,6 +99,102 @@ def test_an_encoder_decoder_goes_the_same_way(tmp_path):
     chosen.apply(same, removals, batches)
     read = T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert all(torch.equal(t, read.state_dict()[n]) for n, t in same.state_dict().items())
+
+
+def mixture(name):
+    """Twelve experts, so that their numbers do not sort as words do."""
+    import transformers
+
+    sizes = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"num_local_experts": 12, "num_experts_per_tok": 2}
+    more = {"moe_intermediate_size": 24} if name == "Qwen3Moe" else {}
+    config = getattr(transformers, f"{name}Config")(**sizes, **heads, **experts, **more)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GptOss"])
+@pytest.mark.parametrize(
+    ("method", "budget"),
+    [("magnitude", "2:4"), ("wanda", "sparsity=0.5"), ("sparsegpt", "2:4")],
+)
+def test_experts_come_back_under_the_names_under_which_they_were(tmp_path, name, method, budget):
+    """One by one in the files of Mixtral and Qwen3-MoE, as one array in GPT-OSS's."""
+    model, out = mixture(name), tmp_path / "out"
+    model.save_pretrained(tmp_path / "dense", max_shard_size="30KB")
+    told = sc.prune_checkpoint(tmp_path / "dense", out, method, budget, BATCHES)
+    chosen = create(method, {})
+    params = outputs_first(model, chosen.prunable(model))
+    removals, _ = chosen.removals(params, chosen.accept(budget))
+    masks, notes = chosen.apply(model, removals, BATCHES)
+    read = reread(out).state_dict()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, read[key]), key
+    assert told["notes"] == notes
+    assert told["sparsity"] == pytest.approx(0.5, abs=1e-4)
+    assert {e["name"]: (e["kept"], e["total"]) for e in told["layers"]} == {
+        n: (int(m.sum()), m.numel()) for n, m in masks.items()
+    }
+    names = [
+        set(json.loads((folder / INDEX).read_text())["weight_map"])
+        for folder in (tmp_path / "dense", out)
+    ]
+    assert names[0] == names[1]
+    assert any(".11." in n for n in names[0]) == (name != "GptOss")
+
+
+def test_experts_that_are_one_array_in_the_files_stay_so(tmp_path):
+    model = mixture("Mixtral")
+    model.save_pretrained(tmp_path / "dense", save_original_format=False)
+    sc.prune_checkpoint(tmp_path / "dense", tmp_path / "out", "magnitude", "2:4")
+    placed = json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]
+    assert set(placed) == set(load_file(tmp_path / "dense" / "model.safetensors"))
+    assert set(placed) == set(model.state_dict())
+    down = reread(tmp_path / "out").model.layers[1].mlp.experts.down_proj
+    assert bool(((down != 0).unflatten(2, (-1, 4)).sum(-1) == 2).all())
+
+
+def test_experts_go_on_where_a_run_died(tmp_path, monkeypatch):
+    mixture("Mixtral").save_pretrained(tmp_path / "dense")
+    arguments = ("wanda", "2:4", BATCHES)
+    sc.prune_checkpoint(tmp_path / "dense", tmp_path / "whole", *arguments)
+    write = shards.write_shard
+
+    def fail_at_the_second(path, tensors):
+        if "00002-of" in path.name:
+            raise KeyboardInterrupt
+        write(path, tensors)
+
+    monkeypatch.setattr(shards, "write_shard", fail_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        sc.prune_checkpoint(tmp_path / "dense", tmp_path / "died", *arguments)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "died").glob("model-block*"))) == 1
+    sc.prune_checkpoint(tmp_path / "dense", tmp_path / "died", *arguments)
+    assert hashes(tmp_path / "died") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t, n: t.pop(n),
+            r"checkpoint model\.layers\.1.*gate_up_proj: got 23 tensors, .* do not fit",
+        ),
+        (lambda t, n: t.update({"odd": t.pop(n)}), r"checkpoint: got 'odd'; accepted: tensors"),
+        (lambda t, n: t.update({n: t[n][:-1]}), r"gate_up_proj: got 24 tensors.* do not fit"),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
+    mixture("Mixtral").save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors, "model.layers.1.block_sparse_moe.experts.3.w1.weight")
+    save_file({n: t.contiguous() for n, t in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        sc.prune_checkpoint(tmp_path / "dense", tmp_path / "out", "wanda", "2:4", BATCHES)
+    assert not (tmp_path / "out").exists()
 
 
 WORKER = """

@@ -240,6 +240,21 @@ def test_fused_attention_is_left_dense_and_said_to_be():
     assert [note.partition(":")[0][-15:] for note in missed] == ["out_proj.weight"] * 2
 
 
+def test_every_weight_of_an_attention_with_several_is_pruned():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+            self.attention = nn.MultiheadAttention(8, 2, kdim=4, vdim=4)
+
+    torch.manual_seed(0)
+    outcome = sc.prune(nn.Sequential(Attending(), Attending()), "magnitude", "sparsity=0.5")
+    own = [f"{n}_proj_weight" for n in "qkv"]
+    names = {f"{b}.attention.{n}" for b in (0, 1) for n in (*own, "out_proj.weight")}
+    assert set(outcome.masks) == names
+    assert all(float(m.double().mean()) == 0.5 for m in outcome.masks.values())
+
+
 def test_bad_input_is_refused():
     model, task = model_of(), task_of(model_of(), samples=40)
     with pytest.raises(InputError, match="samples: got 64; accepted: at most 40"):

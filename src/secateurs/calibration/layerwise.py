@@ -4,10 +4,15 @@ Magnitude, Wanda and SparseGPT differ in one function, `prune_layer`. What they 
 which layers (those in the blocks of `secateurs.calibration.blocks`; embeddings and heads stay),
 how the budget reaches them, the patterns, the walk. A layer's weight is taken as matrices
 (groups, out, d), as `secateurs.calibration.moments` has them.
+
+Experts of a mixture that are one parameter (`secateurs.parts.experts`) are pruned one by one, each
+as a linear layer with the same share, on the tokens that the router sent to it
+(`secateurs.calibration.experts`). One that got none is pruned by magnitude, and named.
 """
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from secateurs.calibration.blocks import find_blocks, owner_of
+from secateurs.calibration.experts import Fed, watching
 from secateurs.calibration.moments import (
     Moments,
     is_known,
@@ -33,6 +39,12 @@ from secateurs.method import Pruner, masked_outcome
 from secateurs.outcome import Outcome
 from secateurs.parts.allocation import counts_from_densities
 from secateurs.parts.budgets import Budget
+from secateurs.parts.experts import (
+    are_experts,
+    expert_matrices,
+    inputs_come_first,
+    says_layout,
+)
 from secateurs.parts.masks import Masks
 from secateurs.parts.patterns import NM, Pattern, Unstructured, best_units, fitting, parse_pattern
 from secateurs.parts.prunable import prunable_parameters
@@ -44,6 +56,10 @@ from secateurs.workspace import Workspace
 
 Scope = Literal["row", "matrix"]
 Statistic = Literal["none", "squares", "products"]
+
+UNREACHED = "no calibration input reached it; pruned by magnitude"
+UNSEEN = "no product with it was seen; pruned by magnitude"
+ASSUMED = "taken as (experts, outputs, inputs), which nothing says"
 
 
 @dataclass(frozen=True)
@@ -106,7 +122,9 @@ class LayerwisePruner(Pruner):
         inside = {
             name: parameter
             for name, parameter in self._inside(model).items()
-            if self.statistic == "none" or is_known(modules[name.rpartition(".")[0]])
+            if self.statistic == "none"
+            or is_known(holder := modules[name.rpartition(".")[0]])
+            or are_experts(holder, name, parameter)
         }
         kinds = "Linear or convolution layers in its blocks"
         require(bool(inside), "model", described(f"{type(model).__name__} without any"), kinds)
@@ -128,8 +146,8 @@ class LayerwisePruner(Pruner):
         densities: Mapping[str, float] | None = None,
     ) -> Outcome:
         """As `Pruner.prune`; `densities` by weight, of an allocation, instead of all the same."""
-        params = self.prunable(model)
-        removals, notes = self.removals(outputs_first(model, params), budget, densities)
+        params = outputs_first(model, self.prunable(model))
+        removals, notes = self.removals(params, budget, densities)
         if hidden := [name for name in self._inside(model) if name not in params]:
             notes.append(f"left dense, their inputs cannot be seen: {', '.join(hidden)}")
         masks, more = self.apply(model, removals, self.batches(task, seed), work=work)
@@ -227,22 +245,30 @@ class LayerwisePruner(Pruner):
     ) -> tuple[dict[str, Tensor], list[str]]:
         """Prune the layers of one block in place; masks in the shapes of the weights."""
         own = {n: p for n, p in named_weights(visit).items() if n in removals}
-        layers = {n.rpartition(".")[0]: n for n in own}
         modules = {f"{visit.name}.{n}".strip("."): m for n, m in visit.block.named_modules()}
+        holders = {n: modules[n.rpartition(".")[0]] for n in own}
+        experts = {n: p for n, p in own.items() if are_experts(holders[n], n, p)}
+        layers = {n: n.rpartition(".")[0] for n in own if n not in experts}
         seen: dict[str, Moments] = {}
+        fed: dict[str, Fed] = {}
         if self.statistic != "none":
-            seen = visit.moments(layers, products=self.statistic == "products")
+            products = self.statistic == "products"
+            with watching(visit.block, experts, products=products) as fed:
+                seen = visit.moments(layers.values(), products=products)
         masks: dict[str, Tensor] = {}
         notes = []
-        for layer, name in layers.items():
-            moments = seen.pop(layer, None)
-            if self.statistic == "none" or moments is not None:
+        for name, parameter in own.items():
+            if name in experts:
+                masks[name], note = self._prune_experts(
+                    parameter, holders[name], removals[name], fed.pop(name, Fed())
+                )
+            elif (moments := seen.pop(layers[name], None)) or self.statistic == "none":
                 masks[name], note = self._prune_one(
-                    own[name], modules[layer], removals[name], moments
+                    parameter, holders[name], removals[name], moments
                 )
             else:
-                note = "no calibration input reached it; pruned by magnitude"
-                masks[name] = smallest_removed(own[name], removals[name])
+                note = UNREACHED
+                masks[name] = smallest_removed(parameter, removals[name])
             if note:
                 notes.append(f"{name}: {note}")
         return masks, notes
@@ -268,6 +294,53 @@ class LayerwisePruner(Pruner):
             made = self.prune_layer(weight, removal, moments)
         parameter.copy_(weight_from_matrices(module, made.weight))
         return weight_from_matrices(module, made.mask), made.note
+
+    @torch.no_grad()
+    def _prune_experts(
+        self, parameter: nn.Parameter, module: nn.Module, removal: Removal, fed: Fed
+    ) -> tuple[Tensor, str]:
+        """Prune the experts of one parameter, each as a layer of its own with the same share."""
+        inputs_first = fed.inputs_first
+        if inputs_first is None:
+            inputs_first = inputs_come_first(module)
+        mask = torch.ones_like(parameter, dtype=torch.bool)
+        matrices = expert_matrices(parameter, inputs_first=inputs_first)
+        own_masks = expert_matrices(mask, inputs_first=inputs_first)
+        unfed = UNREACHED if fed.moments else UNSEEN
+        told: list[tuple[int, str]] = []
+        if isinstance(removal.pattern, NM) and not removal.pattern.fits(matrices.shape[1:]):
+            return mask, f"left dense, {removal.pattern.m} does not divide the input dimension"
+        left = removal.keep
+        for number, matrix in enumerate(matrices):
+            share = left // (len(matrices) - number)  # what rounding to blocks left, evenly
+            own = Removal(min(max(share, 0), matrix.numel()), removal.pattern)
+            moments = fed.moments.pop(number, None)
+            weight = matrix[None].contiguous()
+            if moments is None and self.statistic != "none":
+                kept = mask_of(weight.abs(), own, "matrix")
+                made = Pruned(weight * kept, kept, unfed)
+            else:
+                made = self.prune_layer(weight, own, moments)
+            matrix.copy_(made.weight[0])
+            own_masks[number] = made.mask[0]
+            left -= int(made.mask.sum())
+            if made.note:
+                told.append((number, made.note))
+        single = isinstance(removal.pattern, Unstructured) and getattr(self, "scope", "") != "row"
+        known = fed.inputs_first is not None or says_layout(module)
+        assumed = [] if known or single else [ASSUMED]
+        return mask, "; ".join([*assumed, *_by_expert(told)])
+
+
+def _by_expert(told: Sequence[tuple[int, str]]) -> Iterator[str]:
+    """Notes on experts; those that differ in their numbers alone are told once."""
+    alike: dict[str, list[tuple[int, str]]] = {}
+    for number, note in told:
+        alike.setdefault(re.sub(r"[\d.]+", "", note), []).append((number, note))
+    for listed in alike.values():
+        numbers = ", ".join(str(number) for number, _ in listed)
+        differ = "" if len({note for _, note in listed}) == 1 else " (the first of them)"
+        yield f"{'experts' if len(listed) > 1 else 'expert'} {numbers}: {listed[0][1]}{differ}"
 
 
 @torch.no_grad()
@@ -310,7 +383,7 @@ def named_weights(visit: Visit) -> dict[str, nn.Parameter]:
 
 
 def largest_unit(params: Mapping[str, Tensor], removals: Mapping[str, Removal]) -> int:
-    """Weights of the largest unit."""
+    """Weights of the largest unit of weights as `outputs_first` gives them."""
     return max(
         1 if isinstance(r.pattern, NM) else int(r.pattern.unit_sizes(params[n].shape).max())
         for n, r in removals.items()

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateurs.errors import InputError, described, require, unknown
+from secateurs.parts.experts import are_experts, expert_matrices, inputs_come_first
 
 CHUNK = 1 << 22
 """Unfolded numbers that are converted to float64 and multiplied at once (32 MB)."""
@@ -193,9 +194,20 @@ def weight_matrices(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
 
 
 def outputs_first(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as (outputs, inputs, ...): views of those that a layer stores transposed."""
+    """Weights as (outputs, inputs, ...): views of those that are stored otherwise.
+
+    Experts of one array come last, as the positions of a kernel do.
+    """
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in params}
-    return {n: p.t() if _is_transposed(owners[n]) else p for n, p in params.items()}
+    views = {}
+    for name, parameter in params.items():
+        owner = owners[name]
+        if are_experts(owner, name, parameter):
+            parameter = expert_matrices(parameter, inputs_first=inputs_come_first(owner)).movedim(
+                0, 2
+            )
+        views[name] = parameter.t() if _is_transposed(owner) else parameter
+    return views
 
 
 def weight_from_matrices(layer: nn.Module, matrices: Tensor) -> Tensor:

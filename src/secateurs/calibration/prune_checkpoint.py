@@ -135,8 +135,8 @@ def _finished(
 ) -> dict[str, Any]:
     told = [weights.told(block) for block in weights.blocks]
     kept = {name: count for block in told for name, count in block["kept"].items()}
-    sizes = {n: weights.source.tensors[n].shape for n in removals}
-    layers = [{"name": n, "kept": kept[n], "total": torch.Size(sizes[n]).numel()} for n in removals]
+    sizes = {n: weights.model.get_parameter(n).numel() for n in removals}
+    layers = [{"name": n, "kept": kept[n], "total": sizes[n]} for n in removals]
     total = sum(layer["total"] for layer in layers)
     result = {
         **plan,

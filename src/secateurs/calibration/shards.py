@@ -6,7 +6,9 @@ hold their weights only while they run. A shard appears whole or not at all, so 
 finished: a killed run goes on at the block it died in, and writes the same bytes. The index
 comes last; until then the folder is no checkpoint for anybody.
 
-Tensors in the files are named as in the model's state dict; a tied one stands in them once.
+Tensors in the files are named as they were; where they are not those of the model's state dict,
+such as experts one by one, transformers' rules convert them (`secateurs.calibration.stored`). A
+tied one stands in the files once.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import os
 import shutil
 import struct
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,10 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from secateurs.calibration.blocks import find_blocks, owner_of
+from secateurs.calibration.stored import Conversion, Part
 from secateurs.errors import InputError, described, require
 from secateurs.parts.prunable import check_finite
 from secateurs.state import write_json
@@ -152,27 +156,31 @@ class OnDisk:
             "" not in self.blocks, "model", described(f"{type(model).__name__} without blocks"),
             "a model with blocks; others are pruned in memory",
         )  # fmt: skip
+        self.conversion = Conversion(model, {n: t.shape for n, t in source.tensors.items()})
         self._names: dict[str, list[str]] = {}
-        """Stored tensor -> all names that the model has for it."""
+        """Tensor of the model that is stored -> all names that the model has for it."""
         self._uses: Counter[str] = Counter()
         self._check_names()
+        self._parts: dict[str | None, list[Part]] = defaultdict(list)
+        """Block, or None -> what is stored of it."""
+        for part in self.conversion.parts:
+            owners = {owner_of(name, self.blocks) for name in part.own}
+            whole = f"tensors of one block, not of several as {', '.join(part.own)}"
+            require(len(owners) == 1, "checkpoint", ", ".join(part.stored), whole)
+            if any(name in self._names for name in part.own):
+                self._parts[owners.pop()].append(part)
 
     def _check_names(self) -> None:
-        state = self.model.state_dict(keep_vars=True)
+        stored = {name for part in self.conversion.parts for name in part.own}
         holders: dict[int, list[str]] = {}
-        for name, tensor in state.items():
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
             holders.setdefault(id(tensor), []).append(name)
         for names in holders.values():
-            stored = [name for name in names if name in self.source.tensors]
-            if not stored:
+            found = [name for name in names if name in stored]
+            if not found:
                 shown = described(f"no tensor {names[0]}")
                 raise InputError("checkpoint", shown, "the tensors of the model's state dict")
-            self._names[stored[0]] = names
-        for name, stored_tensor in self.source.tensors.items():
-            if name not in state:
-                raise InputError("checkpoint", name, "tensors that the model has")
-            own, shape = tuple(state[name].shape), stored_tensor.shape
-            require(own == shape, f"checkpoint {name}", described(f"shape {shape}"), f"{own}")
+            self._names[found[0]] = names
 
     def shard(self, block: str) -> Path:
         """The file of a pruned block."""
@@ -191,69 +199,69 @@ class OnDisk:
         finally:
             self._release(block)
 
-    def _own(self, block: str) -> list[str]:
-        return [n for n in self._names if owner_of(n, self.blocks) == block]
-
     def _load(self, block: str) -> None:
-        names = self._own(block)
+        parts = self._parts[block]
+        names = [name for part in parts for name in part.stored]
         if self.wanted(block):
             tensors = self.source.read(names)
             check_finite({n: t for n, t in tensors.items() if t.is_floating_point()})
         else:
             with safetensors.safe_open(self.shard(block), framework="pt") as opened:
                 tensors = {n: opened.get_tensor(n).clone() for n in names}
-        for name, tensor in tensors.items():
-            self._place(name, tensor)
+        self._place(parts, tensors)
 
     def _release(self, block: str) -> None:
-        for name in self._own(block):
-            self._forget(name)
+        self._forget(self._parts[block])
 
-    def _place(self, name: str, tensor: Tensor) -> None:
-        place(self.model, self._names[name], tensor)
+    def _place(self, parts: Sequence[Part], tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.conversion.read(parts, tensors).items():
+            place(self.model, self._names.get(name, [name]), tensor)
 
-    def _forget(self, name: str) -> None:
-        self._place(name, tensor_of(self.model, name).to("meta"))
+    def _forget(self, parts: Iterable[Part]) -> None:
+        for name in (name for part in parts for name in part.own):
+            place(self.model, self._names.get(name, [name]), tensor_of(self.model, name).to("meta"))
 
     @contextmanager
     def outside_on_demand(self) -> Iterator[None]:
         """Modules outside of blocks hold their own tensors while they run, and only then."""
-        used: dict[str, list[str]] = {}
-        for stored, names in self._names.items():
-            for name in names if owner_of(stored, self.blocks) is None else ():
-                used.setdefault(name.rpartition(".")[0], []).append(stored)
+        used: dict[str, list[Part]] = {}
+        for part in self._parts[None]:
+            names = [name for own in part.own for name in self._names.get(own, [own])]
+            for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
+                used.setdefault(path, []).append(part)
         with ExitStack() as hooks:
-            for path, tensors in used.items():
+            for path, parts in used.items():
                 module = self.model.get_submodule(path)
-                before = module.register_forward_pre_hook(self._loading(tensors))
-                after = module.register_forward_hook(self._releasing(tensors), always_call=True)
+                before = module.register_forward_pre_hook(self._loading(parts))
+                after = module.register_forward_hook(self._releasing(parts), always_call=True)
                 hooks.callback(before.remove)
                 hooks.callback(after.remove)
             yield
 
-    def _loading(self, names: Sequence[str]) -> Callable[..., None]:
+    def _loading(self, parts: Sequence[Part]) -> Callable[..., None]:
         def load(*_: Any) -> None:
-            missing = [name for name in names if self._uses[name] == 0]
-            for name, tensor in self.source.read(missing).items():
-                self._place(name, tensor)
-            self._uses.update(names)
+            missing = [part for part in parts if self._uses[part.own[0]] == 0]
+            names = [name for part in missing for name in part.stored]
+            self._place(missing, self.source.read(names))
+            self._uses.update(part.own[0] for part in parts)
 
         return load
 
-    def _releasing(self, names: Sequence[str]) -> Callable[..., None]:
+    def _releasing(self, parts: Sequence[Part]) -> Callable[..., None]:
         def release(*_: Any) -> None:
-            self._uses.subtract(names)
-            for name in names:
-                if self._uses[name] == 0:
-                    self._forget(name)
+            self._uses.subtract(part.own[0] for part in parts)
+            self._forget(part for part in parts if self._uses[part.own[0]] == 0)
 
         return release
 
     def write(self, block: str, told: Mapping[str, Any]) -> None:
         """Write the tensors of a block that is held, and what is told of it."""
         write_json(self._told(block), told)  # before the shard, which says that it is finished
-        tensors = {n: tensor_of(self.model, n).detach().contiguous() for n in self._own(block)}
-        write_shard(self.shard(block), tensors)
+        parts = self._parts[block]
+        own = {n: tensor_of(self.model, n).detach() for part in parts for n in part.own}
+        stored = self.conversion.write(parts, own)
+        # a file holds no views: experts of one array are copied
+        write_shard(self.shard(block), {n: _own_memory(t) for n, t in stored.items()})
 
     def told(self, block: str) -> dict[str, Any]:
         """What was told of a finished block."""
@@ -265,7 +273,12 @@ class OnDisk:
 
     def finish(self) -> None:
         """Copy what is outside of blocks and all other files; the index comes last."""
-        placed = {n: self.shard(b).name for b in self.blocks for n in self._own(b)}
+        placed = {
+            n: self.shard(b).name
+            for b in self.blocks
+            for part in self._parts[b]
+            for n in part.stored
+        }
         parts = list(self._outside_parts())
         for number, names in enumerate(parts, start=1):
             file = f"model-outside-{number:05d}-of-{len(parts):05d}.safetensors"
@@ -281,9 +294,7 @@ class OnDisk:
     def _outside_parts(self) -> Iterator[list[str]]:
         part: list[str] = []
         size = 0
-        for name in self._names:
-            if owner_of(name, self.blocks) is not None:
-                continue
+        for name in (name for outside in self._parts[None] for name in outside.stored):
             length = self.source.tensors[name].bytes
             if part and size + length > SHARD_BYTES:
                 yield part
@@ -302,6 +313,11 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def _own_memory(tensor: Tensor) -> Tensor:
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secateurs.devices import device_of, to_device
 from secateurs.errors import require
+from secateurs.parts.experts import are_experts, one_by_one
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,10 @@ def measure_cost(
         masks: True = keep, by parameter name; removed weights do not count as effective.
     """
     masks = masks or {}
-    kept = {name: float(mask.double().mean()) for name, mask in masks.items()}
     removed = sum(int((~mask).sum()) for mask in masks.values())
     per_layer = count_macs(model, example_inputs)
-    saved = sum(
-        macs * (1 - kept[weight])
-        for layer, macs in per_layer.items()
-        if (weight := f"{layer}.weight".removeprefix(".")) in kept
-    )
+    kept = _kept_by_layer(model, masks)
+    saved = sum(per_layer.get(layer, 0) * (1 - share) for layer, share in kept.items())
     parameters = sum(p.numel() for p in model.parameters())
     macs = sum(per_layer.values())
     dense = dense_bytes(model)
@@ -109,12 +106,33 @@ def measure_cost(
     )
 
 
+def _kept_by_layer(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, float]:
+    """The share of its weights that each masked layer keeps.
+
+    A token passes through all arrays of its experts, so their MACs are as their sizes.
+    """
+    kept = {
+        name.rpartition(".")[0]: float(mask.double().mean())
+        for name, mask in masks.items()
+        if name.rpartition(".")[2] == "weight"
+    }
+    for layer, module in model.named_modules():
+        arrays = {
+            name: parameter.numel()
+            for name, parameter in module.named_parameters(layer, recurse=False)
+            if are_experts(module, name, parameter)
+        }
+        if gone := sum(int((~masks[name]).sum()) for name in arrays if name in masks):
+            kept[layer] = 1 - gone / sum(arrays.values())
+    return kept
+
+
 def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """MACs by the innermost module that executed them ('' for the model itself)."""
     # imported here because it brings Triton along, a tenth of a second
     from torch.utils.flop_counter import FlopCounterMode
 
-    with evaluating(model), attention_in_the_open(), torch.no_grad():
+    with evaluating(model), attention_in_the_open(), one_by_one(model), torch.no_grad():
         counter = FlopCounterMode(display=False)
         with counter:
             forward(model, to_device(example_inputs, device_of(model)))

@@ -1,7 +1,8 @@
 """Which parameters a weight-pruning method may touch.
 
-The weights of convolutions, linear layers, recurrent layers and attention projections; never
-biases, normalisation parameters or embeddings. A tensor that is used twice is listed once.
+The weights of convolutions, linear layers, recurrent layers, attention projections and of experts
+that are one array (`secateurs.parts.experts`); never biases, normalisation parameters or
+embeddings. A tensor that is used twice is listed once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateurs.errors import InputError, described
+from secateurs.parts.experts import are_experts
 
 _WEIGHTED = (
     nn.Linear,
@@ -81,7 +83,9 @@ def _is_weight(module: nn.Module, local: str, parameter: nn.Parameter) -> bool:
     if isinstance(module, nn.RNNBase):
         return local.startswith("weight_")
     # transformers' Conv1D (GPT-2): a linear layer with the weight stored transposed
-    return type(module).__name__ == "Conv1D" and local == "weight"
+    if type(module).__name__ == "Conv1D":
+        return local == "weight"
+    return are_experts(module, local, parameter)
 
 
 def _filtered(

@@ -4,6 +4,9 @@ Not a paper but the composition that many papers are: magnitude with uniform or 
 allocation, SNIP, GraSP and SynFlow at initialisation, Taylor scores, 2:4 by magnitude, blocks,
 L1 filters. With several `iterations` the density falls geometrically and the score is taken
 anew each time, as SynFlow asks (100 in its paper).
+
+Experts that are one array are cut weight by weight only; other patterns leave them dense, with a
+note (`magnitude` has patterns in each expert's matrix).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from secateurs.errors import InputError, require
+from secateurs.errors import InputError, described, require
 from secateurs.method import Pruner, masked_outcome, weights_to_keep
 from secateurs.outcome import Outcome
 from secateurs.parts.allocation import (
@@ -24,6 +27,7 @@ from secateurs.parts.allocation import (
     per_tensor_masks,
 )
 from secateurs.parts.budgets import Budget
+from secateurs.parts.experts import are_experts
 from secateurs.parts.masks import Masks
 from secateurs.parts.patterns import (
     NM,
@@ -96,8 +100,11 @@ class OneShot(Pruner):
         params = self.prunable(model)
         pattern = self._pattern(budget)
         notes: list[str] = []
+        if not isinstance(pattern, Unstructured):
+            params, notes = without_experts(model, params)
         if isinstance(pattern, NM):
-            params, notes = fitting(params, pattern)
+            params, more = fitting(params, pattern)
+            notes += more
         probe = self._probe(model, params, task, seed)
         if isinstance(pattern, NM):
             scores = saliency(self.saliency)(probe)
@@ -166,6 +173,22 @@ class OneShot(Pruner):
             counts = allocate_counts(scores, keep, self.allocation, floor=self.floor)
             kept = {n: best_units({n: units[n]}, {n: sizes[n]}, counts[n])[n] for n in units}
         return {n: pattern.expand(kept[n], scores[n].shape) for n in scores}
+
+
+def without_experts(
+    model: nn.Module, params: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, nn.Parameter], list[str]]:
+    """The weights that are matrices or kernels, and a note on the experts among the others.
+
+    Raises:
+        InputError: all are experts.
+    """
+    owners = {n: model.get_submodule(n.rpartition(".")[0]) for n in params}
+    left = {n: p for n, p in params.items() if not are_experts(owners[n], n, p)}
+    dense = [n for n in params if n not in left]
+    require(bool(left), "pattern", described("nothing but experts"), "unstructured, or magnitude")
+    note = f"left dense, experts have patterns with magnitude only: {', '.join(dense)}"
+    return left, [note] if dense else []
 
 
 def largest_unit(params: Mapping[str, nn.Parameter], pattern: Pattern) -> int:

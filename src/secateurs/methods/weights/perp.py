@@ -341,8 +341,8 @@ class Perp(Pruner, Recovery):
         seed: int,
         work: Workspace,
     ) -> Outcome:
-        params = inner.prunable(model)
-        removals, notes = inner.removals(outputs_first(model, params), budget)
+        params = outputs_first(model, inner.prunable(model))
+        removals, notes = inner.removals(params, budget)
         outcome = Outcome(model, notes=notes)
         masks = self._reconstruct(
             outcome, lambda visit: inner.prune_block(visit, removals), task, seed, work
