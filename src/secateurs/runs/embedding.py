@@ -86,7 +86,8 @@ def embed(
     try:
         with watch(as_json) as listeners:
             parts = _Parts(task, model, taken, rows, Workspace(folder, listeners))
-            labelled = _write(out, parts, narrow)
+            labelled = _write(folder / out.name, parts, narrow)
+            os.replace(folder / out.name, out)
     except InputError:
         shutil.rmtree(folder)  # nothing would go on from it
         raise
@@ -154,29 +155,23 @@ class _Parts:
         return read_rows(task_on(self.task, own), self.model, self.take)
 
 
-def _write(out: Path, parts: _Parts, narrow: Mapping[str, Sequence[Any]]) -> bool:
-    """Write the file, atomically; whether there are labels."""
+def _write(unfinished: Path, parts: _Parts, narrow: Mapping[str, Sequence[Any]]) -> bool:
+    """Write the file; whether there are labels."""
     pyarrow = library("pyarrow", "data")
     parquet = library("pyarrow.parquet", "data")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.partial")
     writer, labelled = None, False
-    try:
-        for own, read in parts:
-            vectors = read["vectors"].numpy()
-            table: dict[str, Any] = {name: list(values[own]) for name, values in narrow.items()}
-            table.setdefault("id", np.arange(own.start, own.stop))
-            if "labels" in read:
-                table.setdefault("label", read["labels"].numpy())
-            labelled = "label" in table
-            flat = pyarrow.array(vectors.reshape(-1))
-            table["embedding"] = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-            rows = pyarrow.table(table)
-            writer = writer or parquet.ParquetWriter(unfinished, rows.schema)
-            writer.write_table(rows)
-        if writer is not None:
-            writer.close()
-        os.replace(unfinished, out)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    for own, read in parts:
+        vectors = read["vectors"].numpy()
+        table: dict[str, Any] = {name: list(values[own]) for name, values in narrow.items()}
+        table.setdefault("id", np.arange(own.start, own.stop))
+        if "labels" in read:
+            table.setdefault("label", read["labels"].numpy())
+        labelled = "label" in table
+        flat = pyarrow.array(vectors.reshape(-1))
+        table["embedding"] = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+        rows = pyarrow.table(table)
+        writer = writer or parquet.ParquetWriter(unfinished, rows.schema)
+        writer.write_table(rows)
+    if writer is not None:
+        writer.close()
     return labelled

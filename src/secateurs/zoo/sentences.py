@@ -25,8 +25,8 @@ WORDS = 6, 60
 HELD_OUT = 0.2
 """Share of the distinct sentences of every topic that is held out."""
 
-_END = re.compile(r'(?<=[.!?])(?:["”)])?\s+(?=["“(]?[A-Z])')
-_SENTENCE = re.compile(r'["“(]?[A-Z].*[.!?:]["”)]?')
+_END = re.compile(r'(?:(?<=[.!?])|(?<=[.!?]["”)]))(?<!e\.g\.)(?<!i\.e\.)\s+(?=["“(]|[A-Z])')
+_SENTENCE = re.compile(r'(?:["“(]\S|[A-Z]).*[.!?:]["”)]?')
 _NOT_PROSE = re.compile(r"::=|\+--|==")
 
 
