@@ -18,7 +18,7 @@ from secateurs.state import write_tensors
 from secateurs.training.loop import fit
 from secateurs.zoo.catalog import make_task
 
-DATA = "fashion-mnist?limit=10000&size=14"
+DATA = "fashion-mnist?limit=6000&size=14"
 EPOCHS = 3
 
 

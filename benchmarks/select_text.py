@@ -2,7 +2,42 @@
 
     python benchmarks/select_text.py [--folder /tmp/select-text] [--keep 0.5 0.25 0.1] [--seeds 10]
 
-PLACEHOLDER
+Sentences of `pydoc_data.topics` with the topic that each belongs to (`secateurs.zoo.sentences`): a
+fifth of the different sentences is held out before anything is selected, the rest is there with
+its repetitions. Every arm keeps a share of the rows; what is kept is judged as a base of examples,
+by the held-out accuracy of the nearest class mean and of logistic regression on it. Prototypes and
+chance are of `neural-scaling-data-pruning`, prototypes with its floor of half an equal quota under
+every class; density sees no labels. `random, no copies` is chance among what density's search for
+duplicates leaves.
+
+Measured with Python 3.11, one thread, 97 s of processor time, of which 68 s embed 2225 sentences;
+means of 10 seeds of the selection with 95 % intervals. These do not cover the choice of the
+held-out sentences: 374 of them have a standard error of 2.5.
+
+    1851 rows of 384 numbers, 26 classes; 374 held out; 362 duplicates
+
+          kept by            classes   nearest mean       logistic
+        1 everything              26    58.0           68.2
+      0.5 random                26.0    55.5 ±  0.9    62.0 ±  0.8
+      0.5 random, no copies     26.0    56.6 ±  0.8    63.8 ±  0.9
+      0.5 density               26.0    56.1 ±  0.7    63.6 ±  0.9
+      0.5 prototypes, hard      26.0    55.5 ±  1.0    62.4 ±  1.1
+      0.5 prototypes, easy      26.0    51.1 ±  1.0    57.3 ±  1.2
+     0.25 random                25.9    51.0 ±  1.0    56.5 ±  1.2
+     0.25 random, no copies     26.0    52.6 ±  1.4    57.3 ±  1.0
+     0.25 density               25.8    53.8 ±  1.3    55.2 ±  1.7
+     0.25 prototypes, hard      26.0    50.1 ±  1.2    52.7 ±  1.4
+     0.25 prototypes, easy      26.0    45.9 ±  1.3    50.7 ±  1.0
+      0.1 random                25.6    46.8 ±  1.2    47.4 ±  1.8
+      0.1 random, no copies     25.8    47.2 ±  1.2    46.9 ±  1.5
+      0.1 density               24.5    43.2 ±  1.8    41.1 ±  1.7
+      0.1 prototypes, hard      26.0    39.6 ±  1.2    40.7 ±  0.9
+      0.1 prototypes, easy      26.0    42.1 ±  1.3    40.9 ±  2.0
+
+So what pays is that copies go: with half of the rows it is worth 1 to 2 points. Density is as good
+as chance among the rest with a half, not to be told from it with a quarter (more by the nearest
+mean, less by the regression), and worse with a tenth. Prototypes never win: the hard ones are like
+chance with a half and lose below, the easy ones lose everywhere.
 """
 
 from __future__ import annotations
