@@ -3,10 +3,10 @@
     python benchmarks/select_images.py [--folder /tmp/select-images] [--keep 0.5 0.25 0.1]
         [--seeds 5]
 
-The same table as `select_text.py`, of 10,000 training images of 14x14 pixels and all 10,000 held-out
-ones: once the embedding is the pixels, once what goes into the last layer of zoo:convnet after
-three epochs on those 10,000 images, with their labels. So the features know more than what is kept,
-and tell which examples a classifier on top of a network needs, not which a new network would.
+The same table as `select_text.py`, of 10,000 training images of 14x14 pixels and all 10,000
+held-out ones: once the embedding is the pixels, once what goes into the last layer of zoo:convnet
+after three epochs on those 10,000 images, with their labels. So the features know more than what
+is kept, and tell which examples a classifier on top of a network needs, not a new network.
 
 Measured with one thread, 118 s of processor time; means of 5 seeds of the selection with 95 %
 intervals. Pixels, 159 duplicates:
@@ -51,8 +51,9 @@ Features, 64 numbers (the network itself has 84.1 % right), 3034 duplicates:
 
 By pixels chance wins: no method beats it under logistic regression, and the less is kept the more
 they lose. The nearest mean alone likes half of the images better without the most typical ones
-(hard prototypes, 1.4 points, above everything). By features all is close: a quarter of the images by
-density is within 0.2 of everything and 0.4 above chance, and with a tenth nothing beats chance.
+(hard prototypes: 1.4 points more than chance, and more than everything). By features all is close:
+a quarter of the images by density is within 0.2 of everything and 0.4 above chance, and with a
+tenth nothing beats chance.
 Easy prototypes are the worst for a regression with every share but one.
 Cosines of such features are close to 1, so the usual ε of 0.01 calls a third of them duplicates;
 leaving these out costs nothing.
