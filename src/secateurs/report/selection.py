@@ -153,17 +153,16 @@ def _plots(told: Mapping[str, Any]) -> list[Plot]:
     return plots
 
 
-Sample = Callable[[int, str], Picture]
+Sample = Callable[..., Picture]
 """From a row, and what is to be said of it, to its picture."""
 
 
 def _sample(selection: Selection, images: str | None, text: str | None) -> Sample:
     picture, words_of = picture_of(selection.source, images), text_of(selection.source, text)
 
-    def sample(row: int, told: str) -> Picture:
+    def sample(row: int, *told: str) -> Picture:
         words = words_of(row)
-        between = " · " if words else "\n"
-        caption = f"{selection.id_of(row)}{between}{told}"
+        caption = (" · " if words else "\n").join((str(selection.id_of(row)), *told))
         return Picture(picture(row), caption, selection.keeps(row), words)
 
     return sample
@@ -174,7 +173,7 @@ def _galleries(selection: Selection, sample: Sample) -> list[Gallery]:
     examples = selection.examples(CLUSTERS_SHOWN, EACH)
     shelves = []
     for found in examples:
-        ends = [[sample(e["row"], _told_of(e)) for e in found[end]]
+        ends = [[sample(e["row"], *_told_of(e)) for e in found[end]]
                 for end in ("nearest", "farthest")]  # fmt: skip
         name = f"cluster {found['cluster']}\n{found['rows']} rows\n{found['kept']} kept"
         shelves.append((name, _side_by_side(*ends)))
@@ -199,9 +198,9 @@ def _galleries(selection: Selection, sample: Sample) -> list[Gallery]:
     return galleries
 
 
-def _told_of(example: Mapping[str, Any]) -> str:
-    again = " duplicate" if example["reason"] == "duplicate" else ""
-    return f"{example['distance']:.3f}{again}"
+def _told_of(example: Mapping[str, Any]) -> list[str]:
+    again = ["duplicate"] if example["reason"] == "duplicate" else []
+    return [f"{example['distance']:.3f}", *again]
 
 
 def _side_by_side(nearest: list[Picture], farthest: list[Picture]) -> list[Picture]:
