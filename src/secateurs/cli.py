@@ -459,6 +459,54 @@ def prune_shards(**values: Any) -> None:
     click.echo(f"folder  {values['out']}")
 
 
+@main.command(epilog=MODEL_HELP)
+@click.argument("data")
+@click.option(
+    "--encoder",
+    required=True,
+    metavar="pixels|MODEL",
+    help="what makes embeddings: the samples as they are, or a MODEL with weights",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.parquet",
+    help="where ids, labels and embeddings are written",
+)
+@click.option(
+    "--part",
+    type=click.Choice(["train", "test"]),
+    default="train",
+    show_default=True,
+    help="training samples, or those held out",
+)
+@click.option(
+    "--take",
+    type=click.Choice(["features", "outputs"]),
+    help="what goes into the last linear layer, or what comes out of the model [default: outputs "
+    "of sentence encoders, features of others]",
+)
+@click.option("--batch-size", type=int, default=64, show_default=True, help="samples a batch")
+@click.option("--threads", type=int, help="threads of torch [default: of the machine]")
+@json_option
+def embed(**values: Any) -> None:
+    """Write the embeddings of DATA, for `secateurs select`.
+
+    DATA: digits, fashion-mnist, imagefolder:PATH, hf:NAME, topics?as=sentences,
+    python:module:function ... The same command goes on where it was killed.
+    """
+    from secateurs.runs.embedding import embed as embed_data
+
+    told = embed_data(watch=listening, **values)
+    if values["as_json"]:
+        click.echo(json.dumps(told))
+        return
+    classes = "with labels" if told["labels"] else "without labels"
+    click.echo(f"rows    {told['rows']} of {told['width']} numbers, {classes}")
+    click.echo(f"out     {told['out']}")
+
+
 @main.command(cls=SelectCommand)
 @click.argument("source", metavar="EMBEDDINGS", type=click.Path(path_type=Path))
 @click.option("--method", required=True, metavar="NAME", help="how they are chosen, see below")
@@ -479,10 +527,11 @@ def prune_shards(**values: Any) -> None:
 )
 @click.option(
     "--images",
-    metavar="COLUMN|HxW",
-    help="for the page: a column with the paths of pictures, or the shape that the embeddings "
-    "have as pictures (8x8, 32x32x3)",
+    metavar="COLUMN|HxW|DATA",
+    help="for the page: a column with the paths of pictures, the shape that the embeddings have "
+    "as pictures (8x8, 32x32x3), or the data set that was embedded",
 )
+@click.option("--text", metavar="COLUMN", help="for the page: texts of samples [default: text]")
 @click.option(
     "--embedding", metavar="COLUMN", help="[default: embedding, or the only one of lists]"
 )

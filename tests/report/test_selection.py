@@ -14,6 +14,8 @@ from secateurs.errors import InputError
 from secateurs.report import figures
 from secateurs.report.pictures import encoded, picture_of
 from secateurs.report.selection import write_selection
+from secateurs.report.texts import LONGEST, text_of
+from secateurs.selection.sources import from_arrays
 
 from .test_html import HOSTILE, read
 
@@ -72,6 +74,45 @@ def test_without_pictures_there_are_ids_and_names_stay_names(tmp_path):
     assert pictures(page) == []
     assert "<script>alert(1)" not in page.all
     assert "What stays of each class" not in page.text
+
+
+def test_texts_stand_where_pictures_do(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(60, 4))
+    rows[1] = rows[0]
+    texts = np.array([f"sentence {n} {HOSTILE} " + "word " * (100 * (n == 2)) for n in range(60)])
+    columns = {"text": texts, "other": np.array([f"other {n}" for n in range(60)])}
+    made = sc.select(rows, "density", 0.5, scores=columns, clusters=2, epsilon=1e-6)
+    page = read(write_selection(tmp_path / "a.html", made))
+    assert pictures(page) == []
+    assert "<script>alert(1)" not in page.all
+    largest = made.examples()[0]
+    pairs = zip(largest["nearest"], largest["farthest"], strict=True)
+    captions = [f"{e['row']} · {e['distance']:.3f}" for pair in pairs for e in pair]
+    places = [page.text.index(caption) for caption in captions[:8]]
+    assert places == sorted(places), "the nearest on the left, the farthest on the right"
+    nearest = largest["nearest"][0]["row"]
+    assert f"sentence {nearest} " in page.text[: places[0]]
+    ((goes, like, _),) = made.pairs
+    assert f"{goes} · cosine 1.0000" in page.text
+    assert f"{like} · like this one" in page.text
+    words = text_of(made.source, None)
+    assert len(words(2)) <= LONGEST
+    assert words(2).endswith("…")
+    assert str(texts[2]).startswith(words(2)[:-1])
+    assert words(59) == str(texts[59])
+    assert "other 5" not in page.text
+    page = read(write_selection(tmp_path / "a.html", made, text="other"))
+    assert f"other {nearest} " in page.text
+    with pytest.raises(InputError, match="text: got 'texts'.*did you mean 'text'"):
+        write_selection(tmp_path / "a.html", made, text="texts")
+
+
+def test_texts_are_found_in_their_shard():
+    ids = np.array([f"row {n}" for n in range(7)])
+    source = from_arrays(np.eye(7), columns={"text": ids}, rows=3)
+    words = text_of(source, None)
+    assert [words(n) for n in (6, 0, 3, 5)] == ["row 6", "row 0", "row 3", "row 5"]
+    assert text_of(from_arrays(np.eye(2)), None)(1) == ""
 
 
 def test_pictures_are_found_in_the_data_set_in_files_and_in_the_embedding(tmp_path):

@@ -147,16 +147,18 @@ class Tile:
 
 @dataclass(frozen=True)
 class Picture:
-    """A sample: its picture as a data URI (or none), what stands below, whether it is kept."""
+    """A sample: its picture as a data URI (or none), what stands below, whether it is kept; and
+    its text, where it is one."""
 
     image: str
     caption: str
     kept: bool
+    text: str = ""
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Rows of pictures, each row with a name."""
+    """Rows of pictures, each row with a name. Texts stand in two columns."""
 
     title: str
     rows: Sequence[tuple[str, Sequence[Picture]]]

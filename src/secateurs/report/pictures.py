@@ -25,13 +25,17 @@ def check_pictures(source: Embeddings, images: str | None) -> None:
     Raises:
         InputError: neither a column nor a shape that the embeddings have.
     """
-    if images is None or images in source.columns:
+    if images is None or shows_embeddings(source, images):
         return
-    shape = _shape(images)
     columns = ", ".join(source.columns) or "there are none"
-    wanted = f"a column ({columns}), or a shape of {source.width} numbers such as 8x8"
-    if shape is None or int(np.prod(shape)) != source.width:
-        raise InputError("images", images, wanted)
+    wanted = f"a column ({columns}), a shape of {source.width} numbers such as 8x8"
+    raise InputError("images", images, f"{wanted}, or a data set such as digits")
+
+
+def shows_embeddings(source: Embeddings, images: str) -> bool:
+    """Whether `images` is a column of the embeddings, or a shape that they have."""
+    shape = _shape(images)
+    return images in source.columns or (shape is not None and int(np.prod(shape)) == source.width)
 
 
 def _shape(images: str) -> tuple[int, ...] | None:

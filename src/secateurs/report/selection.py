@@ -5,7 +5,7 @@ secateurs select rows.parquet --method density --keep 0.25 --out kept.parquet --
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from secateurs.report.html import (
     write_page,
 )
 from secateurs.report.pictures import check_pictures, picture_of
+from secateurs.report.texts import check_texts, text_of
 from secateurs.selection.result import Selection
 
 PAIRS_SHOWN = 12
@@ -42,6 +43,7 @@ def write_selection(
     *,
     title: str = "selection",
     images: str | None = None,
+    text: str | None = None,
     environment: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the page of a selection, atomically; a page that is there is replaced.
@@ -50,22 +52,24 @@ def write_selection(
         path: of the HTML file.
         title: what was selected from.
         images: where pictures are found, see `secateurs.report.pictures.picture_of`.
+        text: column with the texts of samples; by default ``text``, where there is one.
         environment: versions and machine, by name.
 
     Returns:
         The path.
 
     Raises:
-        InputError: the extra ``report`` is not installed, or no such pictures.
+        InputError: the extra ``report`` is not installed, or no such pictures or texts.
     """
     check_pictures(selection.source, images)
+    check_texts(selection.source, text)
     environment = environment or {}
     told = selection.as_dict()
     section = Section(
         title=title,
         budget=_budget(selection),
         plots=_plots(told),
-        galleries=_galleries(selection, images),
+        galleries=_galleries(selection, _sample(selection, images, text)),
         tables=[t for t in _tables(told) if t.rows],
     )
     page = Page(
@@ -149,25 +153,35 @@ def _plots(told: Mapping[str, Any]) -> list[Plot]:
     return plots
 
 
-def _galleries(selection: Selection, images: str | None) -> list[Gallery]:
-    picture = picture_of(selection.source, images)
+Sample = Callable[..., Picture]
+"""From a row, and what is to be said of it, to its picture."""
 
-    def sample(row: int, words: str) -> Picture:
-        caption = f"{selection.id_of(row)}\n{words}"
-        return Picture(picture(row), caption, selection.keeps(row))
 
+def _sample(selection: Selection, images: str | None, text: str | None) -> Sample:
+    picture, words_of = picture_of(selection.source, images), text_of(selection.source, text)
+
+    def sample(row: int, *told: str) -> Picture:
+        words = words_of(row)
+        caption = (" · " if words else "\n").join((str(selection.id_of(row)), *told))
+        return Picture(picture(row), caption, selection.keeps(row), words)
+
+    return sample
+
+
+def _galleries(selection: Selection, sample: Sample) -> list[Gallery]:
     galleries = []
     examples = selection.examples(CLUSTERS_SHOWN, EACH)
     shelves = []
     for found in examples:
-        rows = [*found["nearest"], *reversed(found["farthest"])]
-        samples = [sample(e["row"], f"{e['distance']:.3f}") for e in rows]
-        shelves.append((f"cluster {found['cluster']}, {found['rows']} rows", samples))
+        ends = [[sample(e["row"], *_told_of(e)) for e in found[end]]
+                for end in ("nearest", "farthest")]  # fmt: skip
+        name = f"cluster {found['cluster']}\n{found['rows']} rows\n{found['kept']} kept"
+        shelves.append((name, _side_by_side(*ends)))
     if shelves:
         caption = (
             f"Of the {len(shelves)} largest clusters the {EACH} samples nearest to the centre on "
-            f"the left, the {EACH} farthest on the right; below the id stands the distance. Framed "
-            "in green: kept."
+            f"the left, the {EACH} farthest on the right, with their ids and distances. Framed in "
+            "green: kept."
         )
         galleries.append(Gallery("Nearest and farthest samples", shelves, caption))
     pairs = selection.pairs[:PAIRS_SHOWN]
@@ -182,6 +196,18 @@ def _galleries(selection: Selection, images: str | None) -> list[Gallery]:
         )
         galleries.append(Gallery("Duplicates", _paired(shelves), told))
     return galleries
+
+
+def _told_of(example: Mapping[str, Any]) -> list[str]:
+    again = ["duplicate"] if example["reason"] == "duplicate" else []
+    return [f"{example['distance']:.3f}", *again]
+
+
+def _side_by_side(nearest: list[Picture], farthest: list[Picture]) -> list[Picture]:
+    """Pictures stand in one row, the farthest at its end; texts in two columns."""
+    if any(p.text for p in nearest):
+        return [p for pair in zip(nearest, farthest, strict=True) for p in pair]
+    return [*nearest, *reversed(farthest)]
 
 
 def _paired(shelves: Sequence[tuple[str, Sequence[Picture]]]) -> list[tuple[str, list[Picture]]]:

@@ -19,6 +19,7 @@ from secateurs.selection.result import SUFFIX, Selection
 from secateurs.state import write_json
 from secateurs.task import Task
 from secateurs.workspace import Workspace
+from secateurs.zoo.datasets import load_data, names_data
 
 MARK = "selection.json"
 """What is in a folder of unfinished work, so that nothing else is ever deleted."""
@@ -33,6 +34,7 @@ def select_files(
     only_kept: bool,
     report: Path | None,
     images: str | None,
+    text: str | None,
     embedding: str | None,
     id_column: str | None,
     label: str | None,
@@ -52,19 +54,24 @@ def select_files(
     and the options, so the same call goes on and another begins anew.
     """
     library("pyarrow.parquet", "data")  # what the answer is written with
-    _check_out(out)
+    check_out(out)
     chosen = create(method, options)
     chosen.accept(f"keep={keep}")
     names = Names(embedding, id_column, label)
     task = _task(chosen, model, str(source), seed)
     rows = open_files(source, names) if task is None else _training_set(task)
     aim = None if target is None else open_files(target, names)
+    samples = rows.samples
     if report is not None:
         from secateurs.report.inspection import check_page
-        from secateurs.report.pictures import check_pictures
+        from secateurs.report.pictures import check_pictures, shows_embeddings
+        from secateurs.report.texts import check_texts
 
         check_page(report)
+        if images is not None and not shows_embeddings(rows, images) and names_data(images):
+            samples, images = _samples(images, rows), None
         check_pictures(rows, images)
+        check_texts(rows, text)
     if threads is not None:
         import torch
 
@@ -75,7 +82,7 @@ def select_files(
         "columns": vars(names), "source": _fingerprint(rows), "target": aim and _fingerprint(aim),
         "model": model, "data": None if model is None else str(source),
     }  # fmt: skip
-    folder = _work_folder(out, told)
+    folder = work_folder(out, told)
     try:
         with watch(as_json) as listeners:
             selection = select(
@@ -84,7 +91,8 @@ def select_files(
             )  # fmt: skip
             selection.write(out, only_kept=only_kept)
             if report is not None:
-                _write_page(report, selection, source.name, images)
+                selection.source.samples = samples
+                _write_page(report, selection, source.name, images, text)
     except InputError:
         shutil.rmtree(folder)  # nothing would go on from it
         raise
@@ -110,25 +118,39 @@ def _training_set(task: Task) -> Embeddings:
     return as_embeddings(task.training_loader().dataset)
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """Raise `InputError` unless `out` can become a Parquet file."""
     require(out.suffix == SUFFIX, "out", str(out), f"a file that ends in {SUFFIX}")
     parent = next(p for p in out.absolute().parents if p.exists())
     require(parent.is_dir(), "out", str(out), described("a file in a folder that can be written"))
 
 
-def _write_page(path: Path, selection: Selection, title: str, images: str | None) -> None:
+def _samples(data: str, rows: Embeddings) -> Any:
+    """The training samples of a data set, of which the rows are the embeddings."""
+    samples: Any = load_data(data).train
+    told = described(f"{data}, which has {len(samples)} training samples")
+    require(len(samples) == rows.rows, "images", told, f"one with {rows.rows}, a sample a row")
+    return samples
+
+
+def _write_page(
+    path: Path, selection: Selection, title: str, images: str | None, text: str | None
+) -> None:
     from secateurs.report.selection import write_selection
     from secateurs.runs.run import environment
 
-    write_selection(path, selection, title=title, images=images, environment=environment())
+    write_selection(
+        path, selection, title=title, images=images, text=text, environment=environment()
+    )
 
 
 def _fingerprint(source: Embeddings) -> list[str]:
     return [shard.fingerprint() for shard in source.shards]
 
 
-def _work_folder(out: Path, told: dict[str, Any]) -> Path:
-    """The folder of this very selection; those of others for the same file are removed."""
+def work_folder(out: Path, told: dict[str, Any]) -> Path:
+    """A hidden folder beside `out` for unfinished work, whose name follows what is `told` of it;
+    those of other work for the same file are removed."""
     identity = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
     folder = out.parent / f".{out.name}.{identity[:16]}"
     for other in out.parent.glob(f".{out.name}.*"):

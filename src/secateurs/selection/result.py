@@ -237,7 +237,7 @@ class Selection:
 
         Returns:
             A record a cluster: ``cluster``, ``rows``, ``nearest`` and ``farthest``, lists of
-            ``row``, ``id``, ``distance`` and ``keep``.
+            ``row``, ``id``, ``distance``, ``keep`` and ``reason``.
         """
         if self.clusters is None or self.distances is None:
             return []
@@ -268,12 +268,18 @@ class Selection:
         return found
 
     def _example(self, row: int, distance: float) -> dict[str, Any]:
-        return {"row": row, "id": self.id_of(row), "distance": distance, "keep": self.keeps(row)}
+        reason = self.reason_of(row)
+        return {"row": row, "id": self.id_of(row), "distance": distance,
+                "keep": reason == REASONS[KEPT], "reason": reason}  # fmt: skip
 
     def keeps(self, row: int) -> bool:
         """Whether a row stays."""
+        return self.reason_of(row) == REASONS[KEPT]
+
+    def reason_of(self, row: int) -> str:
+        """One of `REASONS`."""
         number, place = self._where(row)
-        return bool(self.reasons[number][place] == KEPT)
+        return REASONS[int(self.reasons[number][place])]
 
     def id_of(self, row: int) -> Any:
         """The id of a row."""

@@ -69,6 +69,21 @@ class Data:
         return head(inputs, 1)
 
 
+def columns_of(samples: Any) -> dict[str, Sequence[Any]]:
+    """What a data set tells of its samples beside inputs and targets, in its ``columns``.
+
+    ``id``, ``label`` (the name of the class) and ``text`` are such columns, with a value a sample.
+
+    Raises:
+        InputError: a column has another length than the data set.
+    """
+    found = dict(getattr(samples, "columns", None) or {})
+    for name, values in found.items():
+        told = described(f"{len(values)} values for {len(samples)} samples")
+        require(len(values) == len(samples), f"column {name} of the data", told, "one a sample")
+    return found
+
+
 def as_fetched(batch: Any) -> Any:
     """Collate for data sets that fetch whole batches: the batch is there already."""
     return batch
@@ -199,8 +214,9 @@ def load_data(spec: str) -> Data:
                          `secateurs.zoo.hub_data`
     ``photographs``      crops of photographs that scikit-image ships, without labels: agreement
                          with a dense classifier (`secateurs.zoo.photographs`)
-    ``topics``           Python's manual: retrieval, or its bytes with ``as=language``
-                         (`secateurs.zoo.retrieval`)
+    ``topics``           Python's manual: retrieval, its bytes with ``as=language``
+                         (`secateurs.zoo.retrieval`), or sentences with their topics with
+                         ``as=sentences`` (`secateurs.zoo.sentences`)
     ``text:PATH``        a text file or folder of ``.txt`` files; ``block=128``, ``level=byte``
                          or ``char``, or ``tokenizer``
     ``python:MODULE:F``  what a function returns: a Task, `Data`, or (train, test) data sets
@@ -223,6 +239,11 @@ def load_data(spec: str) -> Data:
         raise unknown("data", parsed.kind, _KINDS)
     options = Options(parsed, "data")
     return _KINDS[parsed.kind](parsed, options)
+
+
+def names_data(text: str) -> bool:
+    """Whether a text begins as the name of a data set does; nothing is looked up."""
+    return text.partition("?")[0].partition(":")[0] in _KINDS
 
 
 def _digits(spec: Spec, options: Options) -> Data:

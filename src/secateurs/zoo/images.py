@@ -265,6 +265,19 @@ class Images(Dataset[Any]):
     ) -> None:
         self.pairs, self.indices, self.transform, self.shape = pairs, indices, transform, shape
 
+    @property
+    def columns(self) -> dict[str, list[str]]:
+        """Of images out of files: the path, under the folder the ``id``, and the class's name."""
+        files = getattr(self.pairs, "samples", None)
+        if files is None:
+            return {}
+        found = [files[index] for index in self.indices]
+        return {
+            "id": [os.path.relpath(path, self.pairs.root) for path, _ in found],
+            "label": [self.pairs.classes[label] for _, label in found],
+            "path": [str(path) for path, _ in found],
+        }
+
     def __len__(self) -> int:
         return len(self.indices)
 

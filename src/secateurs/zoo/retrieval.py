@@ -2,7 +2,7 @@
 
 As retrieval: find the topic that a first sentence opens. A query is the first sentence of a
 topic, its document what follows; mean reciprocal rank over all topics decides. As language: the
-bytes of the topics, one topic in ten held out.
+bytes of the topics, one topic in ten held out. As sentences: `secateurs.zoo.sentences`.
 """
 
 from __future__ import annotations
@@ -92,21 +92,28 @@ def contrastive(embeddings: Tensor, target: Tensor) -> Tensor:
 
 
 def topics(spec: Spec, options: Options) -> Data:
-    """The retrieval task, or with ``as=language`` the texts in bytes.
+    """The retrieval task, ``as=language`` the texts in bytes, ``as=sentences`` labelled sentences.
 
-    Options: ``as``, ``retrieval`` or ``language``; ``tokens`` of a text (64); ``block``, bytes of
-    a sample (128). For retrieval every third topic is for training, in batches of 16; the others
-    are searched all at once.
+    Options: ``as``, ``retrieval``, ``language`` or ``sentences``; ``tokens`` of a text (64, of a
+    sentence 128); ``block``, bytes of a sample (128); ``least``, sentences of a topic (20). For
+    retrieval every third topic is for training, in batches of 16; the others are searched all at
+    once.
     """
-    purpose = options.text("as", "retrieval", ("retrieval", "language"))
-    tokens, block = options.integer("tokens", 64), options.integer("block", 128)
+    purpose = options.text("as", "retrieval", ("retrieval", "language", "sentences"))
+    tokens = options.integer("tokens", 128 if purpose == "sentences" else 64)
+    block, least = options.integer("block", 128), options.integer("least", 20, least=2)
     options.done()
     assert tokens is not None
     assert block is not None
+    assert least is not None
     require(not spec.name, "data", spec.text, "topics, without a path")
     if purpose == "language":
         train, test = topic_bytes()
         return token_data(spec.text, train, test, block=block, vocabulary=256)
+    if purpose == "sentences":
+        from secateurs.zoo.sentences import sentence_data
+
+        return sentence_data(spec, tokens, least)
     return _retrieval(spec, tokens)
 
 

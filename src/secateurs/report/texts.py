@@ -1,0 +1,43 @@
+"""Texts of samples, from a column that was carried along with the embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from secateurs.errors import unknown
+from secateurs.selection.embeddings import Embeddings, Narrow
+
+USUAL = "text"
+"""Column that is shown where nobody names one."""
+LONGEST = 280
+"""Characters that are shown of a text."""
+
+
+def check_texts(source: Embeddings, column: str | None) -> None:
+    """Raise `InputError` for a column that the embeddings do not have."""
+    if column is not None and column not in source.columns:
+        raise unknown("text", column, source.columns)
+
+
+def text_of(source: Embeddings, column: str | None) -> Callable[[int], str]:
+    """A function from a row to the beginning of its text; empty where rows have none.
+
+    Args:
+        column: None takes ``text``, where there is such a column.
+    """
+    name = column or USUAL
+    if name not in source.columns:
+        return lambda row: ""
+    latest: dict[int, Narrow] = {}
+
+    def text(row: int) -> str:
+        number = int(np.searchsorted(source.offsets, row, side="right")) - 1
+        if number not in latest:  # one shard at a time is held
+            latest.clear()
+            latest[number] = source.narrow(number)
+        found = str(latest[number].columns[name][row - int(source.offsets[number])])
+        return found if len(found) <= LONGEST else found[: LONGEST - 1].rstrip() + "…"
+
+    return text
