@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 import secateurs as sc
 from secateurs.cli import main
 from secateurs.selection.result import read_selection
+from secateurs.workspace import Workspace
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -75,8 +76,9 @@ def test_only_the_kept_rows_with_a_table(rows: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--keep", 0], "budget: got 'keep=0.0'"),
-        (["--keep", 1.5], "keep in (0, 1]"),
+        (["--keep", 0], "keep: got 0.0; accepted: a fraction of the rows: above 0, at most 1"),
+        (["--keep", 1.5], "keep: got 1.5; accepted: a fraction of the rows"),
+        (["--keep", "nan"], "keep: got nan; accepted: a fraction of the rows"),
         (["--method", "densty"], "did you mean 'density'"),
         (["--method", "magnitude"], "a method that chooses samples"),
         (["--out", "kept.csv"], "a file that ends in .parquet"),
@@ -84,10 +86,15 @@ def test_only_the_kept_rows_with_a_table(rows: Path, tmp_path: Path) -> None:
         (["--clusters", "many"], "clusters"),
         (["--label", "kind"], "label of 0.parquet: got 'kind'"),
         (["--embedding", "url"], "embedding of 0.parquet: got 'url'"),
-        (["--keep", 0.002, "--clusters", 1, "--forbid-empty-classes"], "nothing of class"),
         (["--threads", 0], "threads"),
         (["--report", "page.txt"], "a file that ends in .html"),
         (["--report", "page.html", "--images", "7x7"], "images: got '7x7'"),
+        (["--report", "page.html", "--images", "url"], "images: got 'https://example.org/0.png'"),
+        (["--out", "/proc/kept.parquet"], "out: got '/proc/kept.parquet'; accepted: a file in"),
+        (["--report", "/proc/page.html"], "report: got '/proc/page.html'; accepted: a file in"),
+        (["--out", "{rows}/0.parquet"], "out: got '{rows}/0.parquet'; accepted: a file apart from"),
+        (["--out", "{rows}/new/k.parquet"], "accepted: a file apart from {rows}, which is read"),
+        (["--report", "{rows}/p.html"], "report: got '{rows}/p.html'; accepted: a file apart from"),
         (["--target", "{rows}"], "target"),
     ],
 )
@@ -102,8 +109,71 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
     result = CliRunner().invoke(main, ["select", str(rows), *(str(w) for w in lines), *shown])
     assert result.exit_code == 2
     assert len(result.stderr.strip().splitlines()) == 1
-    assert told in result.stderr
+    assert told.format(rows=rows) in result.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["digits"]
+    assert sorted(p.name for p in rows.iterdir()) == ["0.parquet", "1.parquet", "2.parquet"]
+
+
+def test_links_hide_no_source_and_no_target(rows: Path, tmp_path: Path) -> None:
+    """What would be written over, by whatever name, is what was read."""
+    table = pq.read_table(rows / "0.parquet")
+    pq.write_table(table, tmp_path / "one.parquet")
+    linked = tmp_path / "shards"
+    linked.mkdir()
+    (linked / "a.parquet").symlink_to(tmp_path / "one.parquet")
+    (tmp_path / "also").symlink_to(rows)
+    words = ["--method", "density", "--keep", 0.25]
+    aimed = ["--method", "dp4tl", "--keep", 0.5, "--target", tmp_path / "also"]
+    for source, out, more in [
+        (tmp_path / "one.parquet", tmp_path / "one.parquet", words),
+        (linked, tmp_path / "one.parquet", words),
+        (rows, tmp_path / "also" / "kept.parquet", words),
+        (tmp_path / "one.parquet", rows / "kept.parquet", aimed),
+    ]:
+        result = select(source, *more, "--out", out)
+        assert result.exit_code == 2
+        assert f"out: got '{out}'; accepted: a file apart from" in result.stderr
+    assert pq.read_table(tmp_path / "one.parquet").equals(table)
+    assert sorted(p.name for p in rows.iterdir()) == ["0.parquet", "1.parquet", "2.parquet"]
+
+
+def test_a_refusal_at_the_end_leaves_the_work_to_go_on_from(rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "kept.parquet"
+    words = ["--method", "density", "--keep", 0.002, "--clusters", 1, "--out", out]
+    refused = select(rows, *words, "--forbid-empty-classes")
+    assert refused.exit_code == 2
+    assert "nothing of class" in refused.stderr
+    assert "without --forbid-empty-classes, which goes on from what is done" in refused.stderr
+    (folder,) = tmp_path.glob(".kept.parquet.*")
+    done = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+    assert len(done) > 4
+    fitted: list[str] = []
+
+    def once(self: Workspace, name: str, compute: object) -> object:
+        fitted.extend([name] if not self.has(name) else [])
+        return plain(self, name, compute)  # type: ignore[arg-type]
+
+    plain = Workspace.once
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workspace, "once", once)
+        assert select(rows, *words).exit_code == 0
+    assert not fitted, "nothing is computed again"
+    assert not list(tmp_path.glob(".kept.parquet.*"))
+
+
+def test_a_picture_that_is_no_picture_loses_no_work(rows: Path, tmp_path: Path) -> None:
+    source = tmp_path / "rows.parquet"
+    (tmp_path / "text.png").write_text("no picture")
+    table = pq.read_table(rows / "0.parquet").drop(["url"])
+    paths = pa.array([str(tmp_path / "text.png")] * len(table))
+    pq.write_table(table.append_column("path", paths), source)
+    words = ["--method", "density", "--keep", 0.25, "--clusters", 3, "--images", "path"]
+    report = ["--report", tmp_path / "page.html"]
+    result = select(source, *words, "--out", tmp_path / "kept.parquet", *report)
+    assert result.exit_code == 2
+    assert "a picture (" in result.stderr
+    (folder,) = tmp_path.glob(".kept.parquet.*")
+    assert list(folder.rglob("*.safetensors"))
 
 
 def test_a_bad_row_is_named(rows: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from secateurs.parts.costs import measure_cost
 from secateurs.parts.masks import Masks
 from secateurs.parts.prunable import fixed_parameters
 from secateurs.parts.scales import norm_scales
+from secateurs.ray_connection import check_address, connected
 from secateurs.recovery import Recover, Recovery, check_recovery, finetune, recovery
 from secateurs.registry import create, options_as_dict
 from secateurs.task import Task
@@ -160,7 +161,8 @@ def select(
         forbid_empty_classes: refuse a selection that leaves nothing of a class, which otherwise
             is noted.
         ray: address of a Ray cluster that does the work of the shards, or ``local``.
-        work: where finished shards are kept, so that a killed selection goes on.
+        work: where finished shards are kept, so that a killed selection goes on; several
+            selections may share it (see `secateurs.selection.identity`).
         options: hyper-parameters of the method, when it is given by name.
 
     Returns:
@@ -170,6 +172,7 @@ def select(
         InputError: unknown method or option, rows that cannot be used (NaN, zero vectors under
             cosine, ids that repeat), missing labels or columns, a fraction that cannot be kept.
     """
+    from secateurs.selection.identity import identity, told_of_selection
     from secateurs.selection.sources import as_embeddings
 
     chosen = create(method, options) if isinstance(method, str) else method
@@ -178,17 +181,24 @@ def select(
         raise InputError(
             "method", chosen.name, "a method for samples; secateurs.prune runs this one"
         )
-    budget = chosen.accept(keep if isinstance(keep, str | Budget) else f"keep={keep}")
+    budget = chosen.accept(keep)
+    if ray is not None:
+        check_address(ray)
     work = work or Workspace()
     made = as_embeddings(
         source, ids=ids, labels=labels, scores=scores, encoder=encoder, samples=samples,
-        names=names, work=work.child("source"),
+        names=names, work=_encoding(work, source, encoder),
     )  # fmt: skip
     aim = None
     if target is not None:
-        aim = as_embeddings(target, encoder=encoder, names=names, work=work.child("target"))
+        aim = as_embeddings(
+            target, encoder=encoder, names=names, work=_encoding(work, target, encoder)
+        )
     _check_rows(chosen, made, aim, task)
     made.check_ids(work)
+    if work.folder is not None:
+        own = identity(told_of_selection(chosen, budget, seed, made, aim, task))
+        work = replace(work, folder=work.folder / own)
     with _cluster(ray, made):
         selection = chosen.select(made, budget, task, target=aim, seed=seed, work=work)
     selection.method, selection.options = chosen.name, options_as_dict(chosen)
@@ -201,14 +211,23 @@ def select(
     return selection
 
 
+def _encoding(work: Workspace, source: Any, encoder: Encoder | None) -> Workspace:
+    """Where what is read of a data set, and made of it by an encoder, is kept."""
+    from secateurs.selection.identity import identity, told_of_encoder, told_of_samples
+
+    read = hasattr(source, "__len__") and not isinstance(source, str | torch.Tensor | Mapping)
+    if work.folder is None or not read:
+        return work.child("encoded")
+    told = {"samples": told_of_samples(source), "encoder": told_of_encoder(encoder)}
+    return replace(work, folder=work.folder / f"encoded-{identity(told)}")
+
+
 @contextmanager
 def _cluster(address: str | None, source: Embeddings) -> Iterator[None]:
     """Shards are worked on at a Ray cluster meanwhile, where there is an address."""
     if address is None:
         yield
         return
-    from secateurs.ray_connection import connected
-
     with connected(address):
         source.ray = address
         try:

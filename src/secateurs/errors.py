@@ -26,6 +26,10 @@ class InputError(SecateursError, ValueError):
         shown = value if isinstance(value, _Verbatim) else repr(value)
         super().__init__(f"{argument}: got {shown}; accepted: {accepted}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So that it comes back whole from other processes."""
+        return type(self), (self.argument, self.value, self.accepted)
+
 
 class ConversionError(SecateursError, RuntimeError):
     """A model could not be carried to or from another format, or computes something else there.

@@ -15,12 +15,13 @@ the object the user holds (an `Attachment`, an `Outcome`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from numbers import Real
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
 
-from secateurs.errors import InputError
+from secateurs.errors import InputError, require
 from secateurs.outcome import Outcome
 from secateurs.parts.budgets import Budget
 from secateurs.parts.masks import Masks
@@ -219,6 +220,14 @@ class Selector(Method):
     def required(self) -> tuple[str, ...]:
         """What it needs under its options; `needs` says it for the defaults."""
         return self.needs
+
+    def accept(self, budget: str | float | Budget) -> Budget:
+        """As for every method; a number is the fraction that stays."""
+        if not isinstance(budget, str | Budget):
+            good = isinstance(budget, Real) and 0 < float(budget) <= 1
+            require(good, "keep", budget, "a fraction of the rows: above 0, at most 1")
+            budget = Budget("keep", float(budget))
+        return super().accept(budget)
 
     @abstractmethod
     def select(

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from secateurs.errors import InputError
+
+ANSWERS_WITHIN = 5.0
+"""Seconds; Ray itself would wait for minutes."""
+
+
+def check_address(address: str) -> None:
+    """Refuse an address at which nobody listens.
+
+    Raises:
+        InputError: there is no connection to ``HOST:PORT`` or ``ray://HOST:PORT``.
+    """
+    found = re.fullmatch(r"(?:ray://)?\[?([^/\]]+)\]?:(\d+)", address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), ANSWERS_WITHIN).close()
+    except (OSError, OverflowError) as error:  # the latter of a port above 65,535
+        accepted = f"the address of a cluster that answers, or local ({error})"
+        raise InputError("ray", address, accepted) from None
 
 
 @contextmanager
@@ -25,6 +46,7 @@ def connected(address: str) -> Iterator[Any]:
         raise InputError(
             "ray", address, "an installed ray: pip install secateurs[distributed]"
         ) from None
+    check_address(address)
     try:
         ray.init(
             address=None if address == "local" else address,

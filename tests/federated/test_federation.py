@@ -1,6 +1,8 @@
 """A federation in one process, and the same on Flower's simulation engine."""
 
 import copy
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from secateurs.federated.client import client_app
 from secateurs.federated.engine import identity, inline_grid
 from secateurs.federated.messages import Layout, arrays_of, content, metrics_of
 from secateurs.federated.partition import dirichlet_partition, labels_of, restricted
-from secateurs.federated.server import Fleet, Global, Growth, Rounds, train_rounds
+from secateurs.federated.server import RESTART, Fleet, Global, Growth, Rounds, train_rounds
 from secateurs.parts.masks import Masks
 from secateurs.registry import create
 from secateurs.state import model_state
@@ -110,7 +112,6 @@ def test_adjustments_keep_the_number_and_leave_other_layers_alone(task, net):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_one_client_and_one_round_are_plain_masked_training(task, net, optimizer):
-    from dataclasses import replace
 
     task = replace(task, training=sc.TrainSettings(optimizer=optimizer, lr=0.01))
     fleet, shared, _ = federation(task, net, clients=1)
@@ -147,17 +148,69 @@ def test_a_federation_that_was_killed_goes_on_to_the_same_model(task, net, tmp_p
             raise KilledError
         return adjust(number, masks)
 
-    whole, history, _ = run(task, net)
+    whole, history, first = run(task, net)
     work = sc.Workspace(tmp_path)
     with pytest.raises(KilledError):
         run(task, net, work, growth=killer)
     rest, again, fleet = run(task, net, work)
     assert same(whole, rest)
-    assert [r["loss"] for r in history] == [r["loss"] for r in again]
-    assert any(row["stage"] == "resent" for row in fleet.rows)
+    assert history == again, "bytes, too"
+    apart = [row for row in fleet.rows if row["stage"] == RESTART]
+    assert [row["messages"] for row in apart] == [3, 3], "greetings, and masks"
+    others = [row for row in fleet.rows if row["stage"] != RESTART]
+    assert others == first.rows
     done, _, idle = run(task, net, work)
     assert same(whole, done)
     assert not idle.grid.sent, "everything was finished, and clients were asked"
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5])
+def test_clients_that_lacked_masks_anyway_are_not_counted_as_a_restart(task, net, tmp_path, stop):
+    class KilledError(Exception):
+        pass
+
+    def killer(number, masks):
+        if number == stop:
+            raise KilledError
+        return adjust(number, masks)
+
+    _, history, whole = run(task, net, participation=0.34)
+    work = sc.Workspace(tmp_path)
+    with pytest.raises(KilledError):
+        run(task, net, work, growth=killer, participation=0.34)
+    _, again, fleet = run(task, net, work, participation=0.34)
+    assert history == again
+    assert [row for row in fleet.rows if row["stage"] != RESTART] == whole.rows
+
+
+def test_who_did_not_answer_is_told_after_a_restart(task, net, tmp_path):
+    class KilledError(Exception):
+        pass
+
+    def killer(number, masks):
+        if number == 3:
+            raise KilledError
+        return
+
+    parts = dirichlet_partition(labels_of(task), 3, 1.0, 0)
+    tasks = [restricted(task.with_model(net), part) for part in parts]
+
+    def broken(output, target):
+        raise OSError("lost power")
+
+    tasks[1] = replace(tasks[1], loss=broken)
+    notes, work = [], sc.Workspace(tmp_path)
+    for growth, where in ((None, sc.Workspace()), (killer, work), (None, work)):
+        fleet, shared, rounds = federation(task, net, own=tasks)
+        fleet.answering = 0.5
+        with suppress(KilledError):
+            train_rounds(fleet, shared, rounds, work=where, growth=growth or (lambda *_: None))
+        notes.append(fleet.notes)
+    whole, first, rest = notes
+    assert len(first) == 2
+    assert "train, round 1: without client 1: OSError: lost power" in first[0]
+    assert rest == whole
+    assert len(whole) == 6
 
 
 def test_bytes_are_those_of_the_messages_that_were_sent(task, net):

@@ -252,8 +252,14 @@ def test_bad_options_and_rows():
         create("density", {"filter": "clip"})
     with pytest.raises(InputError, match="filter"):
         create("density", {"filter": "clip", "filter_keep": 0.5, "filter_above": 0.1})
-    with pytest.raises(InputError, match="got 8 rows; accepted: at least 9, a cluster each"):
+    with pytest.raises(InputError, match="clusters: got 9; accepted: at most 8, the rows"):
         sc.select(rows(8), "density", 1.0, clusters=9)
+    few = np.repeat(rows(20), 10, 0)
+    left = (
+        "clusters: got 50; accepted: at most 20, the rows that are left of 200 after removing dup"
+    )
+    with pytest.raises(InputError, match=left):
+        sc.select(few, "density", 0.5, clusters=50)
     with pytest.raises(InputError, match="keep: got 0.001; accepted: a fraction that leaves one"):
         sc.select(rows(8), "density", 0.001)
     with pytest.raises(InputError, match="target: got 8 rows; accepted: none"):

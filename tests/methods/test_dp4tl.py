@@ -5,10 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, TensorDataset
 
 import secateurs as sc
 from secateurs.errors import InputError
 from secateurs.methods.samples.dp4tl import DP4TL, middle_mean
+from secateurs.selection.embeddings import ArrayShard
+from secateurs.selection.features import training_embeddings
 from secateurs.selection.group_means import group_means
 from secateurs.selection.sources import from_arrays
 
@@ -158,6 +161,45 @@ def test_the_moderate_mean_leaves_the_nearest_and_the_farthest_out():
 # ------------------------------------------------------------ ties, groups, notes
 
 
+@pytest.mark.parametrize("moderate", [None, 0.5])
+def test_the_source_is_read_as_often_whatever_the_number_of_groups(moderate, monkeypatch):
+    read = []
+    plain = ArrayShard.blocks
+    monkeypatch.setattr(
+        ArrayShard, "blocks", lambda s, size: (read.append(s.name), plain(s, size))[1]
+    )
+    rows = RNG.normal(size=(2000, 6))
+    counts = []
+    for groups in (5, 200):
+        source = from_arrays(rows, labels=np.arange(2000) % groups, rows=250)
+        read.clear()
+        sc.select(source, "dp4tl", 0.5, target=TARGET, moderate=moderate)
+        counts.append(len(read))
+    assert counts[0] == counts[1]
+    assert counts[0] <= 2 * 8 + 1, "once, or twice for the largest entry; and the target"
+
+
+def test_moderate_means_are_those_of_every_group_and_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("secateurs.methods.samples.dp4tl.GROUP_ROWS", 40)
+    source = from_arrays(SOURCE, labels=GROUPS, rows=33)
+    method, names = DP4TL(moderate=0.4), range(20)
+    codes = source.classes()[1]
+    work = sc.Workspace(tmp_path)
+    for _ in range(2):
+        means = method._means(source, codes, 20, work)
+        for group in names:
+            own = middle_mean(torch.from_numpy(SOURCE[group == GROUPS]), 0.4)
+            assert torch.equal(means[group], own)
+        steps = sorted(tmp_path.glob("moderate-*"))
+        assert len(steps) > 3
+        assert not (tmp_path / "grouped").exists()
+        steps[1].unlink()
+    spoiled = SOURCE.copy()
+    spoiled[71, 2] = np.nan
+    with pytest.raises(InputError, match="NaN or Inf in row 71"):
+        chosen(source=spoiled, moderate=0.5)
+
+
 def test_ties_go_by_probability_by_number_or_by_the_seed():
     logits = np.array([[9.0, 0, 1, 0.5], [9.0, 0, 1, 0.5]], np.float32)
     labels = [0, 1, 2, 3]
@@ -198,7 +240,7 @@ def test_the_answer_says_how_many_rows_that_is():
     (lambda: chosen(target=TARGET[:, :4]), "target: got embeddings of width 4; accepted: 6"),
     (lambda: chosen(labels=None), "labels: got None"),
     (lambda: chosen(keep=0.02), "0.02 of 20 groups"),
-    (lambda: chosen(clusters=201, labels=None), "at least 201"),
+    (lambda: chosen(clusters=201, labels=None), "clusters: got 201; accepted: at most 200"),
     (lambda: chosen(target=np.full((3, 6), np.nan, np.float32)), "NaN or Inf in row 0"),
     (lambda: labelled(0.5, lookup([0]), [0, 1, 2]), "4 logits, 3 classes"),
     (lambda: labelled(0.5, lookup([0]) / 0.0, [0, 1, 2, 3]), "NaN or Inf"),
@@ -211,3 +253,33 @@ def test_the_answer_says_how_many_rows_that_is():
 def test_it_refuses(call, told):
     with pytest.raises(InputError, match=told):
         call()
+
+
+# ------------------------------------------------------------ features, and a probe on them
+
+
+def test_a_linear_probe_leaves_the_backbone_as_it_is():
+    """Weights and running statistics keep every bit, whatever mode the network was in."""
+    backbone = torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 3)
+    )
+    data = TensorDataset(torch.from_numpy(SOURCE), torch.arange(200) % 3)
+    loader = DataLoader(data, 20, shuffle=True)
+    task = sc.classification(backbone, loader, loader, training=sc.TrainSettings(steps=5, lr=0.1))
+    sc.fit(backbone, task, task.training, seed=0)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    features = []
+    for training in (True, False):
+        backbone.train(training)
+        features.append(training_embeddings(task, backbone))
+        assert all(m.training == training for m in backbone.modules())
+    one, two = (next(source.vectors(0, "euclidean")) for source in features)
+    assert torch.equal(one, two), "in eval mode, whatever the mode was"
+    probed = DataLoader(TensorDataset(one, torch.arange(200) % 3), 20, shuffle=True)
+    made = sc.classification(lambda: torch.nn.Linear(8, 3), probed, probed)
+    head = made.fresh_model(0)
+    first = head.weight.clone()
+    sc.fit(head, made, sc.TrainSettings(steps=20, optimizer="adam", lr=0.01), seed=0)
+    assert not torch.equal(head.weight, first)
+    assert all(torch.equal(t, before[name]) for name, t in backbone.state_dict().items())
+    assert before["1.num_batches_tracked"] == 5

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 pytest.importorskip("flwr")
 
@@ -13,6 +14,7 @@ import secateurs as sc
 from secateurs.errors import InputError, SecateursError
 from secateurs.federated.messages import Layout
 from secateurs.federated.partition import divide, labels_of, restricted
+from secateurs.methods.clients import fedtiny
 from secateurs.methods.clients.fedtiny import (
     FedTiny,
     draw_candidates,
@@ -64,15 +66,28 @@ def test_candidates_keep_the_budget_and_their_layers_vary_around_it(density):
     assert density == 1 or len(counts.unique(dim=0)) >= 10
 
 
-def test_a_draw_that_is_near_enough_is_only_made_up():
+def test_a_draw_that_is_near_enough_is_only_made_up(monkeypatch):
     """Before it is made up, a candidate is within 2 %, as in the paper: the changes are small."""
+    drawn, plain = [], fedtiny._made_up
+
+    def listening(counts, sizes, keep):
+        drawn.append(counts.clone())
+        return plain(counts, sizes, keep)
+
+    monkeypatch.setattr(fedtiny, "_made_up", listening)
     keep = round(0.05 * sum(SIZES.values()))
     densities = dict.fromkeys(SIZES, 0.05)
-    rough = draw_candidates(densities, SIZES, keep, 6, tolerance=0.3, seed=1)
-    fine = draw_candidates(densities, SIZES, keep, 6, tolerance=0.02, seed=1)
-    assert rough.sum(1).eq(keep).all()
-    assert fine.sum(1).eq(keep).all()
-    assert not torch.equal(rough, fine)
+    missed = {}
+    for tolerance in (0.3, 0.02):
+        drawn.clear()
+        made = draw_candidates(densities, SIZES, keep, 30, tolerance=tolerance, seed=1)
+        assert made.sum(1).eq(keep).all()
+        rough = torch.stack(drawn)
+        missed[tolerance] = float((rough.sum(1) / keep - 1).abs().max())
+        assert missed[tolerance] <= tolerance
+        factor = keep / rough.sum(1, keepdim=True)
+        assert ((made - rough * factor).abs() <= 1 + 1e-6).all(), "in proportion, to a weight"
+    assert missed[0.3] > 0.1, "most draws miss by more than 2 %"
 
 
 def test_draws_that_all_miss_are_refused_with_the_nearest():
@@ -93,8 +108,6 @@ def test_the_candidate_of_least_loss_over_all_samples_wins():
 
 def test_the_loss_of_the_chosen_one_is_that_on_all_development_samples(stemmed_task, monkeypatch):
     """Recomputed in one place, with the averaged statistics that the global model starts from."""
-    from secateurs.methods.clients import fedtiny
-
     seen = {}
 
     def watched(fleet, shared, *args, **fields):
@@ -303,3 +316,84 @@ def test_clients_whose_losses_diverge_are_named(task):
     model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 8), nn.Linear(8, 10))
     with pytest.raises(SecateursError, match=r"loss: (NaN|Inf)|finite loss"):
         sc.prune(model, FedTiny(**{**QUICK, "pretrain_steps": 0}), "density=0.5", wild)
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def nbytes(arrays):
+    return sum(t.numel() * t.element_size() for t in arrays.values())
+
+
+def test_messages_of_a_resnet_have_the_bytes_of_the_table():
+    """Check 10 of the card: torchvision's ResNet-18, 10 classes, density 0.01, 10 candidates."""
+    from secateurs.federated.candidates import pool_of
+    from secateurs.federated.messages import content, size_of
+    from secateurs.federated.statistics import statistics_of
+
+    models = pytest.importorskip("torchvision.models")
+    net = models.resnet18(num_classes=10)
+    params = FedTiny().prunable(net)
+    layout = Layout.of(net.state_dict(), params)
+    size = {n: p.numel() for n, p in params.items()}
+    assert layout.total == sum(size.values()) == 11_162_624
+    keep = round(0.01 * layout.total)
+    assert keep == 111_626
+    counts = draw_candidates(dict.fromkeys(size, 0.01), size, keep, 10)
+    dense = 4 * 28_618
+    pool = pool_of(layout, net.state_dict(), counts)
+    longest = int(counts.max(0).values.sum())
+    counters = 8 * len(layout.counters)  # of batches, 20 integers that the table leaves out
+    assert nbytes(pool) == 8 * longest + dense + 4 * 10 * len(size) + counters
+    assert 8 * longest <= 1_340_000
+    statistics = [statistics_of(net) for _ in range(10)]
+    means, variances = (torch.stack(own) for own in zip(*statistics, strict=True))
+    stats = {"means": means, "variances": variances}
+    assert nbytes(stats) == 10 * 38_400
+    masks = layout.shaped(torch.zeros(layout.total, dtype=torch.bool))
+    for (name, own), count in zip(masks.items(), counts[0].tolist(), strict=True):
+        own.view(-1)[:count] = True
+        assert bool(masks[name].sum() == count)
+    weights = layout.pack(net.state_dict(), masks)
+    assert nbytes(weights) == 4 * keep + dense + counters
+    for arrays, table in ((pool, 1_340_000 + dense + 800), (stats, 384_000), (weights, 561_000)):
+        sent = size_of(content(arrays, config={"version": 0}))
+        assert nbytes(arrays) <= sent <= 1.05 * table
+    assert size_of(content(weights)) == pytest.approx(561_000, rel=0.05)
+
+
+def test_an_adjustment_sends_its_gradients_up_and_its_change_down():
+    """Check 10 of the card, as exchanged: 8 bytes for each of the K weights, both ways."""
+    from secateurs.federated.client import client_app
+    from secateurs.federated.engine import identity, inline_grid
+    from secateurs.federated.server import Fleet, Global, Growth, Rounds, train_rounds
+
+    models = pytest.importorskip("torchvision.models")
+    net = models.resnet18(num_classes=10)
+    params = FedTiny().prunable(net)
+    state = {n: t.clone() for n, t in net.state_dict().items()}
+    layout = Layout.of(state, params)
+    masks = Masks({n: torch.rand(p.shape) < 0.01 for n, p in params.items()})
+    masks.apply_(state)
+    names = [n for n in masks if n.startswith("layer4")]
+    counts = {n: exchanged_count(0.3, masks[n]) for n in names}
+    wanted = sum(counts.values())
+    assert wanted == pytest.approx(25_166, rel=0.03)
+    data = TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8))
+    loader = DataLoader(data, 4, shuffle=True)
+    task = sc.classification(net, loader, loader, training=sc.TrainSettings(lr=0.01))
+    common = {"seed": 0, "masked": list(masks), "dev-fraction": 0.5, "local-epochs": 1.0,
+              "bn-passes": 1, "bn-momentum": 0.1, "grow-data": "batch"}  # fmt: skip
+    with identity():
+        fleet = Fleet(inline_grid(client_app(lambda context: task), 1), 1, common)
+        shared = Global(layout, state, masks)
+        growth = {2: Growth(counts)}
+        history = train_rounds(
+            fleet, shared, Rounds(3, 1.0, 0), work=sc.Workspace(),
+            growth=lambda number, masks: growth.get(number),
+        )  # fmt: skip
+    plain, adjusting, after = history
+    assert adjusting["exchanged"] == pytest.approx(wanted, rel=0.02)
+    assert adjusting["up"] - plain["up"] == pytest.approx(8 * wanted, rel=0.02)
+    assert after["down"] - adjusting["down"] == pytest.approx(8 * adjusting["exchanged"], rel=0.02)
+    assert plain["up"] == pytest.approx(4 * masks.kept + 4 * 28_618, rel=0.02)

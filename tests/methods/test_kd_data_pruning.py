@@ -17,7 +17,7 @@ from secateurs.parts.budgets import Budget
 from secateurs.selection.random_rows import random_selection
 from secateurs.selection.result import read_selection
 from secateurs.selection.sources import from_arrays
-from secateurs.training.distillation import distilled, with_stored_answers
+from secateurs.training.distillation import distilled, soft_label_loss, with_stored_answers
 
 from .conftest import TRAINING, digits, make
 
@@ -52,6 +52,31 @@ def test_alpha_falls_as_more_is_kept():
     assert halfway == pytest.approx(0.7)
     many = [auto_alpha(f) for f in np.geomspace(1e-3, 1, 50)]
     assert many == sorted(many, reverse=True)
+
+
+def test_the_numbers_of_the_card():
+    """z_s = (2, 0, 0), z_t = (0, 2, 0): KL 1.3610 at τ = 1, 0.0889 at 4, with τ² 1.4224."""
+    student = torch.tensor([[2.0, 0.0, 0.0]], dtype=torch.float64)
+    teacher = torch.tensor([[0.0, 2.0, 0.0]], dtype=torch.float64)
+    for tau, scaled, wanted in ((1, True, 1.3610), (4, False, 0.0889), (4, True, 1.4224)):
+        ((a, b, c),) = (student / tau).softmax(1).tolist()
+        ((p, q, r),) = (teacher / tau).softmax(1).tolist()
+        plain = p * math.log(p / a) + q * math.log(q / b) + r * math.log(r / c)
+        assert plain * (tau**2 if scaled else 1) == pytest.approx(wanted, abs=1e-3)
+        found = float(soft_label_loss(student, teacher, float(tau), scaled=scaled))
+        assert found == pytest.approx(plain * (tau**2 if scaled else 1), abs=1e-12)
+    inputs, model = torch.zeros(1, 1), nn.Linear(1, 3).double()
+    with torch.no_grad():
+        model.bias.copy_(student[0])
+    loader = DataLoader(TensorDataset(inputs.double(), torch.tensor([0])), 1)
+    task = sc.classification(model, loader, loader)
+    taught = copy.deepcopy(model)
+    with torch.no_grad():
+        taught.bias.copy_(teacher[0])
+    own = distilled(task, taught, alpha=0.25, temperature=4.0, reduction="samples")
+    entropy = -math.log(float(student.softmax(1)[0, 0]))
+    loss = own.batch_loss(model, next(iter(loader))).item()
+    assert loss == pytest.approx(0.75 * entropy + 0.25 * 1.4224, abs=1e-3)
 
 
 def test_all_samples_and_no_teacher_are_the_ordinary_training(task):
@@ -183,6 +208,26 @@ def test_any_selector_may_choose(task, selector):
     outcome = run(task, "keep=0.25", selector=selector, selector_options=options)
     assert facts(outcome)["kept"] == pytest.approx(TRAINING / 4, abs=40)
     assert facts(outcome)["selector"] == selector
+
+
+class Convolutional(nn.Module):
+    """Without a linear layer at its end."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Conv2d(1, 10, 8)
+
+    def forward(self, x):
+        return self.last(x.view(-1, 1, 8, 8)).flatten(1)
+
+
+@pytest.mark.parametrize("options", [{"metric": "random"}, {"metric": "el2n", "runs": 1}])
+def test_features_are_not_asked_of_the_teacher_where_the_selector_reads_none(task, options):
+    task = replace(task, model=Convolutional)
+    outcome = run(task, "keep=0.5", selector="neural-scaling", selector_options=options)
+    assert facts(outcome)["kept"] == TRAINING // 2
+    with pytest.raises(InputError, match="one that ends in a linear layer, for embeddings"):
+        run(task, "keep=0.5", selector="neural-scaling")
 
 
 def test_random_rows_are_the_same_for_any_shards():

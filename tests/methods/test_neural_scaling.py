@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_floors_are_those_of_a_plain_loop(seed, keep, floor, order):
     selection = column(keep, hardness, labels, class_floor=floor, order=order)
     by_score = np.lexsort((np.arange(300), -hardness if order == "hard" else hardness))
     if floor < 1:
-        least = int(floor * count / len(set(labels)))
+        least = int(Decimal(repr(floor)) * count / len(set(labels)))
         taken = set()
         for one in set(labels):
             taken |= set([r for r in by_score if labels[r] == one][:least])

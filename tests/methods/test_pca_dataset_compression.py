@@ -140,6 +140,20 @@ def test_el2n_is_measured_where_there_is_no_column(digits_task):
         sc.select(source, METHOD, 0.5, task)
 
 
+def test_a_task_is_asked_rather_than_a_column_of_any_meaning(digits_task):
+    task = replace(digits_task, training=sc.TrainSettings(steps=20, lr=0.2))
+    labels = np.array([int(task.train.dataset[row][1]) for row in range(TRAINING)])
+    year = {"year": np.arange(float(TRAINING))}
+    plain, dated = (from_arrays(None, labels=labels, columns=c) for c in (None, year))
+    options = {"runs": 1, "canvas": 16}
+    measured = sc.select(plain, METHOD, 0.1, task, **options)
+    beside = sc.select(dated, METHOD, 0.1, task, **options)
+    assert np.array_equal(np.concatenate(beside.scores), np.concatenate(measured.scores))
+    named = sc.select(dated, METHOD, 0.1, task, score="year", **options)
+    assert np.array_equal(np.concatenate(named.scores), -year["year"].astype(np.float32))
+    assert np.array_equal(sc.select(dated, METHOD, 0.1, **options).mask, named.mask)
+
+
 def test_which_column_is_the_score():
     source, _, hard = data(el2n=np.arange(240.0), other=-np.arange(240.0))
     assert np.array_equal(np.concatenate(select(source).scores), -np.arange(240.0))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from secateurs.errors import InputError
-from secateurs.parts.quotas import box_quotas, project_on_box
+from secateurs.parts.quotas import box_quotas, project_on_box, quota_floor
 
 SIZES = (1000, 400, 50, 550)
 COMPLEXITY = np.array([0.10, 0.20, 0.40, 0.30]) * np.array([0.2, 0.3, 0.5, 0.4])
@@ -120,3 +120,11 @@ def test_what_cannot_be_is_refused():
         project_on_box([float("nan")], [0], [1], 1)
     with pytest.raises(InputError, match="low"):
         project_on_box([1.0], [2], [1], 1)
+
+
+def test_a_share_counts_as_it_is_written():
+    assert int(0.57 * 100) == 56
+    for percent in range(101):
+        assert quota_floor(percent / 100, 100, 1) == percent
+        assert quota_floor(percent / 100, 1000, 7) == percent * 10 // 7
+    assert quota_floor(0.5, 7, 2) == 1

@@ -103,13 +103,52 @@ def test_of_exact_copies_one_survives_and_the_clusters_are_wider_for_it():
     assert width(without) < width(selection)
 
 
-def test_pieces_are_compared_in_themselves():
-    rows = np.repeat(at_angles(0, 90), [6, 1], 0)
-    source = from_arrays(rows)
-    assigned = [{"cluster": torch.zeros(7, dtype=torch.int32), "distance": torch.zeros(7)}]
-    assert find_duplicates(source, assigned, 1, 0.01).count == 5
-    assert find_duplicates(source, assigned, 1, 0.01, piece=3).count == 4
-    assert find_duplicates(source, assigned, 1, 0.01, piece=2).count == 3
+@pytest.mark.parametrize("window", [1, 2, 7, 60, 199, 500])
+@pytest.mark.parametrize("tile", [1, 16, 1024])
+def test_a_row_is_compared_with_those_just_before_it(window, tile):
+    rows = torch.from_numpy(near_copies()).float()
+    rows /= rows.norm(dim=1, keepdim=True)
+    likeness = (rows @ rows.T).double()
+    place = torch.arange(200)
+    before = (place[:, None] > place) & (place[:, None] - place <= window)
+    wanted = likeness.masked_fill(~before, -torch.inf)
+    for start in (0, 1, 63, 199):
+        best, twin = like_an_earlier(rows, tile, window=window, start=start)
+        assert best.tolist() == pytest.approx(wanted.amax(1)[start:].tolist(), abs=1e-6)
+        assert all(int(t) < 0 or before[r + start, t] for r, t in enumerate(twin))
+
+
+def test_large_clusters_are_compared_within_a_piece_and_the_answer_says_so(monkeypatch):
+    """Two rows alike with others between them, in an order that is theirs alone."""
+    degrees = [0, 20, 40, 0, 60, 20, 80]
+    source = from_arrays(at_angles(*degrees))
+    far = torch.arange(7, 0, -1).float()
+    assigned = [{"cluster": torch.zeros(7, dtype=torch.int32), "distance": far}]
+    for piece, alike, large in ((7, [3, 5], 0), (4, [3, 5], 1), (3, [3], 1), (2, [], 1)):
+        for size in (1 << 27, 4):
+            monkeypatch.setattr("secateurs.selection.deduplication.READ_BYTES", size)
+            found = find_duplicates(source, assigned, 1, 0.01, piece=piece)
+            assert np.flatnonzero(found.found[0]).tolist() == alike
+            assert found.large == large
+    rows = np.random.default_rng(0).normal(size=(300, 8))
+    note = "of more than 50 rows"
+    assert any(note in n for n in sc.select(rows, "density", 0.5, clusters=2, piece=50).notes)
+    assert not any("of more than" in n for n in sc.select(rows, "density", 0.5, clusters=2).notes)
+
+
+def test_of_pairs_in_a_cluster_of_many_pieces_nearly_all_are_found():
+    """What the module says of its recall, with clusters and pieces an eighth as large."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(1250, 64))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    for cosine, least in ((0.9999, 1.0), (0.997, 1.0), (0.992, 0.995)):
+        noise = rng.normal(size=rows.shape)
+        noise -= (noise * rows).sum(1, keepdims=True) * rows
+        noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+        like = cosine * rows + np.sqrt(1 - cosine**2) * noise
+        source = from_arrays(np.concatenate([rows, like]), rng.permutation(2500))
+        assigned = KMeans(1).assign(source, KMeans(1).fit(source))
+        assert find_duplicates(source, assigned, 1, 0.01, piece=512).count >= least * 1250
 
 
 def test_it_goes_on_and_leaves_no_scratch(tmp_path, monkeypatch):

@@ -1,10 +1,14 @@
 """On a local two-worker Ray cluster a selection is that of one process."""
 
+import pickle
+import time
+
 import numpy as np
 import pytest
 import torch
 
 import secateurs as sc
+from secateurs.errors import InputError, described, unknown
 from secateurs.selection.ray_stages import packed, unpacked
 from secateurs.selection.sources import from_arrays
 
@@ -43,3 +47,37 @@ def test_ray_gives_the_selection_of_one_process(cluster, tmp_path):
         assert np.array_equal(np.concatenate(other.scores), np.concatenate(made[0].scores))
         assert other.by_cluster() == made[0].by_cluster()
         assert other.count("duplicate") == made[0].count("duplicate") > 0
+
+
+def test_what_a_shard_refuses_on_the_cluster_is_refused_as_here(cluster, tmp_path):
+    rows = np.random.default_rng(0).normal(size=(900, 8)).astype(np.float32)
+    rows[777] = np.nan
+    np.save(tmp_path / "rows.npy", rows)
+    told = []
+    for ray in (None, cluster):
+        with pytest.raises(InputError, match="NaN or Inf in row 777 of rows.npy") as caught:
+            sc.select(tmp_path / "rows.npy", "density", 0.2, ray=ray)
+        assert type(caught.value) is InputError
+        told.append(str(caught.value))
+    assert told[0] == told[1]
+
+
+def test_refusals_come_back_from_other_processes():
+    for error in (
+        InputError("keep", 1.5, "a fraction"),
+        InputError("rows", described("none"), "some"),
+        unknown("method", "densty", ["density"]),
+    ):
+        back = pickle.loads(pickle.dumps(error))
+        assert (str(back), back.argument, back.value) == (str(error), error.argument, error.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1", "nowhere:99999"]
+)
+def test_an_address_at_which_nobody_listens_is_refused_at_once(address):
+    pytest.importorskip("ray")
+    rows, before = np.ones((4, 2)), time.monotonic()
+    with pytest.raises(InputError, match="ray: got .*accepted: the address of a cluster"):
+        sc.select(rows, "density", 0.5, ray=address)
+    assert time.monotonic() - before < 60

@@ -21,7 +21,7 @@ from secateurs.devices import device_of
 from secateurs.errors import require
 from secateurs.federated.engine import run_clients
 from secateurs.federated.partition import divide, labels_of, restricted
-from secateurs.federated.server import Fleet, Rounds
+from secateurs.federated.server import RESTART, Fleet, Rounds
 from secateurs.method import Procedure, masked_outcome
 from secateurs.outcome import Outcome
 from secateurs.parts.budgets import Budget
@@ -175,20 +175,17 @@ class FederatedProcedure(Procedure):
 
 
 def exchanged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages and bytes by stage, and in all."""
+    """Messages and bytes by stage, and in all; what a restart of the server took is not in that."""
+    keys = ("messages", "down", "up")
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     summed = [
-        {
-            "stage": stage,
-            **{
-                key: sum(r[key] for r in rows if r["stage"] == stage)
-                for key in ("messages", "down", "up")
-            },
-        }
+        {"stage": stage, **{k: sum(r[k] for r in rows if r["stage"] == stage) for k in keys}}
         for stage in stages
     ]
-    whole = {key: sum(row[key] for row in summed) for key in ("messages", "down", "up")}
-    return [*summed, {"stage": "all", **whole}]
+    counted = [row for row in summed if row["stage"] != RESTART]
+    whole = {key: sum(row[key] for row in counted) for key in keys}
+    apart = [row for row in summed if row["stage"] == RESTART]
+    return [*counted, *apart, {"stage": "all", **whole}]
 
 
 def _as_tree(outcome: Outcome) -> Tree:

@@ -7,7 +7,7 @@ order in which they arrive does not matter. Every finished round is a state in t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,9 @@ from secateurs.workspace import Workspace
 
 WAIT = 600.0
 """Seconds to wait for clients to show up."""
+RESTART = "restart"
+"""Stage of what is sent again because the server was killed: greetings, and masks to clients that
+held them. It is counted apart, so that the rounds have the bytes of a run that was not."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,15 @@ class Reply:
     rank: int
     arrays: Arrays
     metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What came back from a node, and its bytes."""
+
+    arrays: Arrays
+    metrics: Mapping[str, Any]
+    size: int
 
 
 @dataclass
@@ -57,6 +69,8 @@ class Fleet:
         answering: share of the asked clients that must answer; others are left out.
         rows: a record for every exchange: stage, round, messages, bytes down and up.
         notes: who did not answer.
+        held: the version of the masks that each client has, by rank.
+        resumed: whether some of that was before this server was started.
     """
 
     grid: Any
@@ -65,6 +79,8 @@ class Fleet:
     answering: float = 1.0
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    held: dict[int, int] = field(default_factory=dict)
+    resumed: bool = False
     _nodes: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -80,8 +96,11 @@ class Fleet:
             waited = time.monotonic() - begin
             require(waited < WAIT, "clients", len(found), f"{self.clients} within {WAIT:.0f} s")
             time.sleep(0.1)
-        answers = self._exchange("hello", 0, {n: (HELLO, {}, {}) for n in found})
-        ranked = {int(metrics["rank"]): n for n, (_, metrics) in answers.items()}
+        stage = RESTART if any(row["stage"] == "hello" for row in self.rows) else "hello"
+        greetings: dict[int, tuple[str, Arrays, Mapping[str, Any]]]
+        greetings = {n: (HELLO, {}, {}) for n in found}
+        answers = self._exchange(stage, 0, greetings, named="hello")
+        ranked = {int(answer.metrics["rank"]): n for n, answer in answers.items()}
         require(len(ranked) == len(answers), "partition-id", sorted(ranked), "one a client")
         self._nodes = ranked
 
@@ -95,6 +114,7 @@ class Fleet:
         *,
         ranks: Sequence[int] | None = None,
         whole: Callable[[], tuple[Arrays, Mapping[str, Any]]] | None = None,
+        holding: Collection[int] | None = None,
     ) -> list[Reply]:
         """Send one message to many clients; their replies by ascending rank.
 
@@ -103,6 +123,7 @@ class Fleet:
             kind: Flower's message type.
             ranks: of the clients asked; all by default.
             whole: makes the message for clients that lack what this one builds on.
+            holding: ranks of those that had it before the server was killed, if it was.
 
         Raises:
             SecateursError: too few clients answered; the reason of the first is given.
@@ -110,18 +131,50 @@ class Fleet:
         asked = self.ranks if ranks is None else sorted(ranks)
         nodes = {self._nodes[rank]: rank for rank in asked}
         answers = self._exchange(stage, number, dict.fromkeys(nodes, (kind, arrays, config)))
-        lacking = [n for n, (_, metrics) in answers.items() if NEEDS_MASK in metrics]
-        if lacking:
+        row = self.rows[-1]
+        lacking = {n for n, answer in answers.items() if NEEDS_MASK in answer.metrics}
+        forgotten = {n for n in lacking if self.resumed and nodes[n] in (holding or ())}
+        for again, own in ((RESTART, forgotten), ("resent", lacking - forgotten)):
+            if not own:
+                continue
             assert whole is not None
-            full = (kind, *whole())
-            answers |= self._exchange("resent", number, dict.fromkeys(lacking, full))
-        replies = [Reply(nodes[n], arrays, metrics) for n, (arrays, metrics) in answers.items()]
+            refused = sum(answers.pop(n).size for n in own)
+            beside = len(answers)  # those who lack it as well did answer
+            full = dict.fromkeys(own, (kind, *whole()))
+            answers |= self._exchange(again, number, full, named=stage, beside=beside)
+            if again == RESTART:  # the answers belong to the round, the refusals do not
+                row["up"] += self.rows[-1]["up"] - refused
+                self.rows[-1]["up"] = refused
+        replies = [Reply(nodes[n], a.arrays, a.metrics) for n, a in answers.items()]
         return sorted(replies, key=lambda reply: reply.rank)
 
+    def take(self, tree: Tree) -> None:
+        """Go on after what `since` told."""
+        self.rows += tree["rows"]
+        self.notes += tree["absent"]
+        self.held |= {int(rank): version for rank, version in tree["held"].items()}
+        self.resumed = True
+
+    def since(self, rows: int = 0, notes: int = 0) -> Tree:
+        """The records after so many, for `Workspace.once`."""
+        held = {str(rank): version for rank, version in self.held.items()}
+        return {"rows": self.rows[rows:], "absent": self.notes[notes:], "held": held}
+
     def _exchange(
-        self, stage: str, number: int, sent: Mapping[int, tuple[str, Arrays, Mapping[str, Any]]]
-    ) -> dict[int, tuple[Arrays, Mapping[str, Any]]]:
-        """Messages by node to replies by node, with their bytes recorded."""
+        self,
+        stage: str,
+        number: int,
+        sent: Mapping[int, tuple[str, Arrays, Mapping[str, Any]]],
+        *,
+        named: str | None = None,
+        beside: int = 0,
+    ) -> dict[int, _Answer]:
+        """Messages by node to replies by node, with their bytes recorded.
+
+        Args:
+            named: the stage as notes name it, where that is another.
+            beside: how many clients have answered the same question already.
+        """
         from flwr.app import Message
 
         made: dict[int, Any] = {}  # equal contents are made and measured once
@@ -133,16 +186,17 @@ class Fleet:
                 known = made[id(config)] = (record, size_of(record), config)
             messages.append(Message(known[0], node, kind, group_id=str(number)))
             down += known[1]
-        answers: dict[int, tuple[Arrays, Mapping[str, Any]]] = {}
-        failures, up = [], 0
+        answers: dict[int, _Answer] = {}
+        failures = []
         for reply in self.grid.send_and_receive(messages):
             node = reply.metadata.src_node_id
             if reply.has_error():
                 failures.append((node, reply.error.reason))
                 continue
-            up += size_of(reply.content)
-            answers[node] = (arrays_of(reply.content), metrics_of(reply.content))
-        self._check(stage, number, len(sent), len(answers), failures)
+            record, size = reply.content, size_of(reply.content)
+            answers[node] = _Answer(arrays_of(record), metrics_of(record), size)
+        self._check(named or stage, number, beside + len(sent), beside + len(answers), failures)
+        up = sum(answer.size for answer in answers.values())
         self.rows.append(
             {"stage": stage, "round": number, "messages": len(sent), "down": down, "up": up}
         )
@@ -159,7 +213,8 @@ class Fleet:
                 f"{stage}, round {number}: {got} of {asked} clients answered; client {rank}: "
                 f"{reason}"
             )
-        self.notes += [f"{stage}, round {number}: without client {r}: {why}" for r, why in told]
+        missed = [f"{stage}, round {number}: without client {r}: {why}" for r, why in told]
+        self.notes += [note for note in missed if note not in self.notes]
 
 
 @dataclass
@@ -193,6 +248,13 @@ class Global:
             return self.whole()
         config = {"version": self.version, "form": self.form, "candidate": self.candidate}
         return {**self.layout.pack(self.state, self.masks), **self.told}, config
+
+    def holding(self, held: Mapping[int, int]) -> set[int]:
+        """Ranks of the clients that `message` is enough for, by the version that each has."""
+        if self.form == "candidate":  # of a pool that everybody was sent
+            return set(held)
+        enough = {self.version, self.version - 1 if self.form == "change" else self.version}
+        return {rank for rank, version in held.items() if version in enough}
 
     def whole(self) -> tuple[Arrays, dict[str, Any]]:
         """Weights and masks, for clients that have none."""
@@ -302,15 +364,15 @@ def train_rounds(
             def compute(
                 number: int = number, wanted: Growth | None = wanted, fresh: bool = fresh
             ) -> Tree:
-                begin = len(fleet.rows)
+                rows, notes = len(fleet.rows), len(fleet.notes)
                 record = _round(fleet, model, rounds, number, wanted, measure=fresh)
-                return {"model": model.as_tree(), "record": record, "rows": fleet.rows[begin:]}
+                return {"model": model.as_tree(), "record": record, **fleet.since(rows, notes)}
 
             done = work.has(f"round-{number}")
             tree = work.once(f"round-{number}", compute)
             if done:
                 model.take(tree["model"])
-                fleet.rows += tree["rows"]
+                fleet.take(tree)
             history.append(tree["record"])
             work.event("round", **tree["record"])
             advance(number)
@@ -337,15 +399,19 @@ def _round(
         arrays, config = model.whole()
         return arrays, {**schedule, **asked, **config}
 
+    asked_ranks = rounds.participants(fleet.ranks, number)
     replies = fleet.ask(
         "train" if growth is None else "adjust",
         number,
         TRAIN if growth is None else GROW,
         arrays,
         {**schedule, **asked, **config},
-        ranks=rounds.participants(fleet.ranks, number),
+        ranks=asked_ranks,
         whole=whole,
+        holding=model.holding(fleet.held),
     )
+    fleet.held |= dict.fromkeys(asked_ranks, model.version)
+    sent = [row for row in fleet.rows if row["round"] == number and row["stage"] != RESTART]
     samples = [float(reply.metrics["samples"]) for reply in replies]
     states = [model.layout.unpack(reply.arrays, model.masks) for reply in replies]
     model.state = weighted_mean(states, samples)
@@ -356,8 +422,8 @@ def _round(
         "loss": sum(
             r.metrics["loss"] * n / sum(samples) for r, n in zip(replies, samples, strict=True)
         ),
-        "down": sum(row["down"] for row in fleet.rows if row["round"] == number),
-        "up": sum(row["up"] for row in fleet.rows if row["round"] == number),
+        "down": sum(row["down"] for row in sent),
+        "up": sum(row["up"] for row in sent),
         "exchanged": 0,
         "peak memory": max((r.metrics["peak-memory"] for r in replies), default=0)
         if measure

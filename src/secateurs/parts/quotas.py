@@ -12,7 +12,9 @@ exact solution in O(k log k), without a solver and without a tolerance.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,12 @@ from secateurs.errors import require
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
+
+
+def quota_floor(share: float, total: int, groups: int) -> int:
+    """The whole part of a share of an equal quota; the share counts as it is written in decimals,
+    so that 0.57 of 100 is 57 (as floats, 56.99999999999999)."""
+    return math.floor(Fraction(repr(float(share))) * total / groups)
 
 
 def project_on_box(

@@ -17,6 +17,8 @@ from secateurs.selection.embeddings import Array, Embeddings
 
 SIDE = 72
 """Pixels of the longer side; smaller pictures keep their size."""
+LOOKED_AT = 10_000
+"""Rows whose picture is looked for before there is anything to show."""
 
 
 def check_pictures(source: Embeddings, images: str | None) -> None:
@@ -36,6 +38,21 @@ def shows_embeddings(source: Embeddings, images: str) -> bool:
     """Whether `images` is a column of the embeddings, or a shape that they have."""
     shape = _shape(images)
     return images in source.columns or (shape is not None and int(np.prod(shape)) == source.width)
+
+
+def check_paths(source: Embeddings, images: str | None) -> None:
+    """Refuse a column of paths if there are no files: a look at `LOOKED_AT` rows, evenly spread.
+
+    Raises:
+        InputError: names the first that is not there.
+    """
+    if images is None or images not in source.columns:
+        return
+    chosen = np.unique(np.linspace(0, source.rows - 1, min(source.rows, LOOKED_AT)).astype(int))
+    for number, first in enumerate(source.offsets[:-1]):
+        own = chosen[(chosen >= first) & (chosen < source.offsets[number + 1])] - first
+        for path in source.narrow(number).columns[images][own]:
+            require(Path(str(path)).is_file(), "images", str(path), "an existing picture")
 
 
 def _shape(images: str) -> tuple[int, ...] | None:

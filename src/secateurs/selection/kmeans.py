@@ -5,6 +5,8 @@
     update   c_j = Σ_{a_i = j} x_i / n_j, of length 1 again if spherical
 
 Products are float32 in blocks of rows, by faiss where it is installed and by torch elsewhere.
+Rows whose two nearest centres float32 cannot tell apart are decided again in float64, so the
+nearest are the same for both, and for any number of threads.
 Sums are exact: entries are rounded to multiples of 2⁻²⁸ (of the largest) first, which is what
 float32 can tell, so that float64 adds them without an error. Sums of parts are then the same in
 any order: cuts between shards, resumed runs and workers of a cluster change nothing, and within
@@ -14,11 +16,11 @@ a fit only rows that moved are added and taken away.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -90,10 +92,8 @@ class KMeans:
         """
         work = work or Workspace()
         total = source.rows if among is None else sum(int(mask.sum()) for mask in among)
-        told = described(f"{total} rows")
-        require(
-            total >= self.clusters, "embeddings", told, f"at least {self.clusters}, a cluster each"
-        )
+        rows = "rows" if among is None else "rows that take part"
+        require(self.clusters <= total, "clusters", self.clusters, f"at most {total}, the {rows}")
 
         def on_sample() -> Tree:
             sample = sample_rows(
@@ -208,11 +208,43 @@ class KMeans:
         return source.each(work or Workspace(), "assigned", assigned)
 
     def nearest(self, rows: Tensor, centres: Tensor) -> Tensor:
-        """The cluster of every row, int64; the smaller number of equals."""
-        search = _search(centres, self.spherical, self.engine)
+        """The cluster of every row, int64; the smaller number of equals.
+
+        It is the answer of float64, whatever multiplied in float32 and in whatever order.
+        """
+        at = torch.zeros(rows.shape[1]) if self.spherical else centres.mean(0)
+        moved = centres - at  # distances do not change, and float32 tells them better
+        search = _search(moved, self.spherical, self.engine)
+        longest = float(torch.linalg.vector_norm(moved, dim=1).max())
         step = max(1, min(BLOCK_ROWS, PRODUCTS // len(centres)))
-        parts = [search(rows[first : first + step]) for first in range(0, len(rows), step)]
+        parts = []
+        for first in range(0, len(rows), step):
+            block = rows[first : first + step]
+            near = block if self.spherical else block - at
+            best, lead = search(near)
+            error = 2 * product_error(near, longest, self.spherical)
+            unsure = (~(lead > error)).nonzero().view(-1)  # NaN is unsure, too
+            if len(unsure):
+                doubted = _scores(near[unsure], moved, self.spherical)
+                enough = doubted.amax(1, keepdim=True) - error[unsure, None]
+                best[unsure] = self._decided(block[unsure], centres, ~(doubted < enough))
+            parts.append(best)
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+    def _decided(self, rows: Tensor, centres: Tensor, among: Tensor) -> Tensor:
+        """The nearest of some centres by float64; the smaller number of equals.
+
+        Args:
+            among: (rows, centres), bool: which of them can be nearest.
+        """
+        scores = torch.full(among.shape, -torch.inf, dtype=torch.float64)
+        row, centre = among.nonzero(as_tuple=True)
+        step = max(1, PRODUCTS // rows.shape[1])
+        for some, its in zip(row.split(step), centre.split(step), strict=True):
+            one, other = rows[some].double(), centres[its].double()
+            terms = one * other if self.spherical else -(one - other).square()
+            scores[some, its] = terms.sum(1)
+        return scores.argmax(1)
 
     def distances(self, rows: Tensor, centres: Tensor, own: Tensor) -> Tensor:
         """1 − ⟨x, c⟩, or ‖x − c‖ if plain, of every row to its own centre, float64."""
@@ -227,20 +259,59 @@ class KMeans:
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
 
-def _search(centres: Tensor, spherical: bool, engine: Engine) -> Any:
-    """A function from rows to the numbers of their nearest centres."""
+def product_error(rows: Tensor, longest: float, spherical: bool) -> Tensor:
+    """What float32 can be wrong by in ⟨x, c⟩, or ⟨x, c⟩ − ‖c‖²/2 if plain; (rows,), float64.
+
+    Whatever the order in which d terms are added, the error of ⟨x, c⟩ is at most γ ‖x‖ ‖c‖ with
+    γ = du / (1 − du), u = 2⁻²⁴ (Higham, Accuracy and Stability, 3.1). (‖x‖ + ‖c‖)²/2 in its place
+    also bounds ‖x‖² + ‖c‖² − 2⟨x, c⟩, as faiss computes it. Eight terms more, and a thousandth,
+    cover the norms, the shift and the difference of two scores; powers of two what underflows.
+
+    γ is the worst case: an error grows rather as √d. But of 40,000 random rows in 512 dimensions
+    only 122 were nearer than that to a tie of two of 500 centres, and to decide them again took
+    3 % (torch) to 10 % (faiss, with its search for two) of the time.
+    """
+    terms = rows.shape[1] + 8
+    gamma = 1.001 * terms * 2.0**-24 / (1 - terms * 2.0**-24)
+    lost = terms**0.5 * 2.0**-63  # of a norm whose squares underflow
+    length = torch.linalg.vector_norm(rows, dim=1).double() + lost
+    longest += lost
+    reach = length * longest if spherical else (length + longest).square() / 2
+    return gamma * reach + terms * 2.0**-125
+
+
+def _scores(rows: Tensor, centres: Tensor, spherical: bool) -> Tensor:
+    """⟨x, c⟩, or ⟨x, c⟩ − ‖c‖²/2, of all rows and centres; the nearest has the largest."""
+    bias = torch.zeros(len(centres)) if spherical else -0.5 * centres.square().sum(1)
+    return torch.addmm(bias, rows, centres.T)
+
+
+def _search(
+    centres: Tensor, spherical: bool, engine: Engine
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """A function from rows to the numbers of their nearest centres, and the lead of their scores
+    over the second, in float32; infinite where there is no second."""
     if engine == "faiss" or (engine == "auto" and find_spec("faiss") is not None):
         faiss = library("faiss", "data")
         index = (faiss.IndexFlatIP if spherical else faiss.IndexFlatL2)(centres.shape[1])
         index.add(np.ascontiguousarray(centres.numpy()))
 
-        def by_faiss(rows: Tensor) -> Tensor:
-            return torch.from_numpy(index.search(rows.contiguous().numpy(), 1)[1][:, 0])
+        def by_faiss(rows: Tensor) -> tuple[Tensor, Tensor]:
+            far, near = index.search(rows.contiguous().numpy(), min(2, len(centres)))
+            lead = torch.from_numpy(far[:, 0] - far[:, -1] if spherical else far[:, -1] - far[:, 0])
+            alone = len(centres) == 1
+            lead = torch.full_like(lead, torch.inf) if alone else lead if spherical else lead / 2
+            return torch.from_numpy(near[:, 0].copy()), lead
 
         return by_faiss
-    turned = centres.T.contiguous()
-    bias = torch.zeros(len(centres)) if spherical else -0.5 * centres.square().sum(1)
-    return lambda rows: torch.addmm(bias, rows, turned).argmax(1)
+
+    def by_torch(rows: Tensor) -> tuple[Tensor, Tensor]:
+        scores = _scores(rows, centres, spherical)
+        first = scores.max(1)
+        second = scores.scatter_(1, first.indices[:, None], -torch.inf).amax(1)
+        return first.indices, first.values - second
+
+    return by_torch
 
 
 def fixed_point_scale(rows: Tensor) -> float:

@@ -14,11 +14,16 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
+from secateurs.errors import InputError
 from secateurs.state import Tree, flatten, unflatten
 
 
 def computed_on_ray(compute: Callable[[int], Tree], numbers: Sequence[int]) -> Iterator[Tree]:
-    """`compute` of every number on the connected cluster, in their order, each when it is done."""
+    """`compute` of every number on the connected cluster, in their order, each when it is done.
+
+    Raises:
+        InputError: what a shard's work refused, as it would be here.
+    """
     import ray
 
     if not numbers:
@@ -26,6 +31,7 @@ def computed_on_ray(compute: Callable[[int], Tree], numbers: Sequence[int]) -> I
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     shared = ray.put(compute)
 
@@ -34,8 +40,13 @@ def computed_on_ray(compute: Callable[[int], Tree], numbers: Sequence[int]) -> I
         return {"tree": packed(ray.get(shared)(int(row["shard"])))}
 
     rows = ray.data.from_items([{"shard": n} for n in numbers], override_num_blocks=len(numbers))
-    for row in rows.map(stage, num_cpus=1).iter_rows():
-        yield unpacked(row["tree"])
+    try:
+        for row in rows.map(stage, num_cpus=1).iter_rows():
+            yield unpacked(row["tree"])
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise
 
 
 def packed(tree: Tree) -> bytes:

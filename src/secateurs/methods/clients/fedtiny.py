@@ -71,6 +71,8 @@ from secateurs.task import Task
 from secateurs.training.order import mix
 from secateurs.workspace import Workspace
 
+POOL_ONLY = -1
+"""Version of the masks of a client that has candidates and no masks yet."""
 DRAWS = 10_000
 """Densities drawn for one candidate, until its sum is near enough."""
 
@@ -233,7 +235,8 @@ class FedTiny(FederatedProcedure):
         pool = pool_of(layout, state, counts)
         known = work.has("selection")
         chosen = work.once("selection", lambda: self._select(fleet, model, layout, pool))
-        fleet.rows += chosen["rows"] if known else []
+        if known:
+            fleet.take(chosen)
         start, masks = candidate_of(layout, pool, chosen["candidate"])
         model.load_state_dict(start)
         if chosen["means"] is not None:
@@ -303,9 +306,9 @@ class FedTiny(FederatedProcedure):
 
     def _select(self, fleet: Fleet, model: nn.Module, layout: Layout, pool: Arrays) -> Tree:
         """Adaptive batch-norm selection."""
-        nothing: Tree = {"candidate": 0, "means": None, "variances": None, "table": [], "rows": []}
         if self.candidates == 1:
-            return {**nothing, "notes": []}
+            nothing: Tree = {"candidate": 0, "means": None, "variances": None, "table": []}
+            return {**nothing, **fleet.since(), "notes": []}
         notes, sent, first = [], dict(pool), dict(pool)
         statistics: Arrays = {}
         if tracked_norms(model):
@@ -319,6 +322,7 @@ class FedTiny(FederatedProcedure):
         else:
             notes.append("no batch norm: candidates were chosen by their plain losses")
         replies = fleet.ask("abns_loss", 0, LOSS, sent, {}, whole=lambda: (first, {}))
+        fleet.held |= dict.fromkeys((reply.rank for reply in replies), POOL_ONLY)
         chosen, losses = select_candidate(
             [reply.arrays["losses"] for reply in replies],
             [float(reply.metrics["development"]) for reply in replies],
@@ -332,7 +336,7 @@ class FedTiny(FederatedProcedure):
             "means": statistics["means"][chosen] if statistics else None,
             "variances": statistics["variances"][chosen] if statistics else None,
             "table": table,
-            "rows": list(fleet.rows),
+            **fleet.since(),
             "notes": notes,
         }
 

@@ -37,7 +37,7 @@ from torch import Tensor
 from secateurs.errors import InputError, described, require
 from secateurs.method import Selector
 from secateurs.parts.budgets import Budget
-from secateurs.parts.quotas import box_quotas
+from secateurs.parts.quotas import box_quotas, quota_floor
 from secateurs.registry import Paper, Tags, register
 from secateurs.selection.deduplication import Duplicates, find_duplicates
 from secateurs.selection.embeddings import Array, Embeddings
@@ -82,7 +82,7 @@ class DensityBasedPruning(Selector):
         None, "clusters within which duplicates are looked for; none: as clusters", "clusters"
     )
     dedup_keep: Order = option("hard", "which of duplicates stays: far from the centre, near, any")
-    piece: int = option(4096, "rows of a cluster that are compared with each other", "rows")
+    piece: int = option(4096, "rows before it in its cluster that a row is compared with", "rows")
     filter: str | None = option(None, "column whose largest values pass, such as a CLIP score")
     filter_keep: float | None = option(None, "share of the rows without duplicates that pass")
     filter_above: float | None = option(None, "or: the value above which they pass")
@@ -131,6 +131,11 @@ class DensityBasedPruning(Selector):
         total = sum(int(mask.sum()) for mask in passed)
         keeping = min(wanted, total)
         means = self._kmeans(self.clusters, total, keeping)
+        if means.clusters > total:
+            gone = [("removing duplicates", self.epsilon), ("filtering", self.filter)]
+            steps = " and ".join(step for step, option in gone if option is not None) or "nothing"
+            most = f"at most {total}, the rows that are left of {source.rows} after {steps}"
+            raise InputError("clusters", means.clusters, most)
         clustered = work.child("clusters")
         centres = means.fit(source, seed=seed, among=passed, work=clustered)
         parts = means.assign(source, centres, clustered)
@@ -155,6 +160,12 @@ class DensityBasedPruning(Selector):
             {"d_intra": float(i), "d_inter": e, "share": p, "quota": int(q)}
             for i, e, p, q in zip(intra, inter.tolist(), shares.tolist(), quotas, strict=True)
         ]
+        if alike.large:
+            made.notes.append(
+                f"{alike.large} clusters of more than {self.piece} rows: a row was compared with "
+                f"the {self.piece} before it, so some duplicates may be left (more dedup_clusters, "
+                "or a larger piece, find them)"
+            )
         if total < wanted:
             made.notes.append(f"{wanted} rows were asked for, and only {total} are left to keep")
         return made
@@ -200,7 +211,8 @@ class DensityBasedPruning(Selector):
         elif self.floor == 0:
             low = np.clip(sizes - 1, 0, 1)
         else:
-            equal = int(total / len(sizes) * self.floor)
+            assert not isinstance(self.floor, str)
+            equal = quota_floor(self.floor, total, len(sizes))
             low = np.clip(sizes - 1, 0, equal)
         if int(low.sum()) > total:
             told = described(f"{len(sizes)}, of which {int(low.sum())} rows must stay")

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -48,6 +49,12 @@ from secateurs.parts.budgets import Budget
 from secateurs.registry import Paper, Tags, register
 from secateurs.selection.embeddings import Array, Embeddings
 from secateurs.selection.group_means import group_means
+from secateurs.selection.grouped_rows import (
+    GROUP_ROWS,
+    GroupedRows,
+    consecutive_groups,
+    scratch,
+)
 from secateurs.selection.kmeans import Engine, KMeans
 from secateurs.selection.result import Selection, balance
 from secateurs.selection.score_table import random_scores
@@ -200,13 +207,30 @@ class DP4TL(Selector):
     ) -> Tensor:
         if self.moderate is None:
             return group_means(source, groups, count, "euclidean", work)
-        rows = []
-        every = np.concatenate(groups)
-        for group in range(count):  # one group in memory at a time: a median needs it whole
-            parts = np.split(every == group, source.offsets[1:-1])
-            rows.append(middle_mean(torch.cat(list(source.take(parts, "euclidean"))),
-                                    self.moderate))  # fmt: skip
-        return torch.stack(rows)
+        share = self.moderate
+        sizes = np.sum([np.bincount(own, minlength=count) for own in groups], axis=0)
+        batches = consecutive_groups(sizes, GROUP_ROWS)
+        with scratch(work) as folder:
+            grouped = GroupedRows(source, groups, folder)
+            if not all(work.has(f"moderate-{number:05}") for number in range(len(batches))):
+                grouped.write(work)
+
+            def of_groups(first: int, last: int) -> Tree:
+                means = []
+                for numbers in grouped.numbers(range(first, last)):
+                    rows = grouped.rows(numbers)  # a median needs the group whole
+                    if not bool(torch.isfinite(rows).all()):
+                        _refuse(source)
+                    means.append(middle_mean(rows, share))
+                return {"means": torch.stack(means)}
+
+            parts = []
+            with work.progress("moderate means", count) as advance:
+                for number, (first, last) in enumerate(batches):
+                    step = f"moderate-{number:05}"
+                    parts.append(work.once(step, partial(of_groups, first, last))["means"])
+                    advance(last)
+        return torch.cat(parts)
 
     def _ranked(self, votes: Array, favour: Array, seed: int) -> Array:
         """Groups, the first to stay first."""
@@ -259,6 +283,13 @@ def _predicted(target: Embeddings, column: str, names: list[Any]) -> Array:
             raise InputError(column, own[strange].tolist()[0], "a class of the source")
         votes += np.bincount(np.searchsorted(known, own), minlength=len(names))
     return votes
+
+
+def _refuse(source: Embeddings) -> None:
+    """Name the row that is not finite."""
+    for number in range(len(source.shards)):
+        for _ in source.vectors(number, "euclidean"):
+            pass
 
 
 def middle_mean(rows: Tensor, share: float) -> Tensor:

@@ -188,7 +188,8 @@ class KDDataPruning(Procedure):
         from secateurs.api import select
 
         chosen = create(self.selector, self.selector_options)
-        seen_by = teacher if "embeddings" in chosen.needs else None
+        assert isinstance(chosen, Selector)
+        seen_by = teacher if "embeddings" in chosen.required else None
         source = training_embeddings(task, seen_by, seed=seed, work=work)
         made = select(source, chosen, budget, task, seed=seed, work=work.child(self.selector))
         require(made.kept > 0, "budget", str(budget), "a fraction that leaves a sample")

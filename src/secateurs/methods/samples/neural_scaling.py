@@ -45,7 +45,7 @@ import torch
 from secateurs.errors import InputError, described, require
 from secateurs.method import Selector
 from secateurs.parts.budgets import Budget
-from secateurs.parts.quotas import box_quotas
+from secateurs.parts.quotas import box_quotas, quota_floor
 from secateurs.registry import Paper, Tags, register
 from secateurs.selection import dynamics
 from secateurs.selection.embeddings import Array, Embeddings
@@ -333,7 +333,7 @@ class _Floors:
             sizes = table.sizes(self.classes)
             ones, none = np.ones(self.classes), np.zeros(self.classes, np.int64)
             return table.largest_per_group(box_quotas(ones, sizes, count, none))
-        floor = int(self.share * count / self.classes)
+        floor = quota_floor(self.share, count, self.classes)
         return table.largest_with_floor(count, floor, self.classes)
 
 

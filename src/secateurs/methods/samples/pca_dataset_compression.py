@@ -81,7 +81,9 @@ class PruneCombineAugment(Selector):
     canvas: int = option(224, "side of a canvas", "pixels")
     order: Order = option("easy", "which samples of a class stay: easy, hard, or any")
     score: str | None = option(
-        None, "column that says how hard a sample is; none: el2n, the only one, or measured"
+        None,
+        "column that says how hard a sample is; none: el2n, else measured on the task, else the "
+        "only one",
     )
     runs: int = option(10, "trainings over which EL2N is averaged, if measured", "trainings")
     epoch: float | None = option(
@@ -144,8 +146,10 @@ class PruneCombineAugment(Selector):
         self, source: Embeddings, task: Task | None, seed: int, work: Workspace
     ) -> list[Array]:
         """A number a sample, a shard each; higher means harder."""
-        if self.score is not None or EL2N in source.columns or len(source.columns) == 1:
-            name = self.score or (EL2N if EL2N in source.columns else source.columns[0])
+        name = self.score or (EL2N if EL2N in source.columns else None)
+        if name is None and task is None and len(source.columns) == 1:
+            name = source.columns[0]
+        if name is not None:
             return source.column(name)
         accepted = "a column of scores, score=COLUMN, or a task on which EL2N is measured"
         require(task is not None, "scores", described("none that can be told apart"), accepted)

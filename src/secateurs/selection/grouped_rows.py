@@ -1,0 +1,113 @@
+"""Rows on disk group by group, so that a group is read whole without reading the source again.
+
+The source is read once, a file a shard is written in which the rows of a group lie side by side,
+and a group is then read from consecutive places whatever the format of the source.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateurs.selection.embeddings import BLOCK_ROWS, Array, Embeddings
+from secateurs.workspace import Workspace
+
+GROUP_ROWS = 1 << 17
+"""About so many rows are looked at between two finished steps."""
+
+
+def consecutive_groups(sizes: Array, rows: int) -> list[tuple[int, int]]:
+    """Consecutive groups that have about so many rows together."""
+    ends = np.cumsum(sizes) // max(rows, 1)
+    cuts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(sizes)]
+    return [(a, b) for a, b in pairwise(cuts) if b > a]
+
+
+@contextmanager
+def scratch(work: Workspace) -> Iterator[Path]:
+    """A folder for grouped rows; it goes when all is done, and stays for who was killed."""
+    if work.folder is not None:
+        folder = work.folder / "grouped"
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    else:
+        with tempfile.TemporaryDirectory(prefix="secateurs-") as name:
+            yield Path(name)
+
+
+@dataclass
+class GroupedRows:
+    """The rows of every shard on disk, those of a group side by side.
+
+    Attributes:
+        groups: of every shard, the group of its rows, from 0.
+        folder: where the files are.
+    """
+
+    source: Embeddings
+    groups: Sequence[Array]
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.places = []
+        for own in self.groups:  # within a shard and a group the rows keep their order
+            place = np.empty(len(own), np.int32)
+            place[np.argsort(own, kind="stable")] = np.arange(len(own), dtype=np.int32)
+            self.places.append(place)
+
+    def write(self, work: Workspace) -> None:
+        """Write what is not there."""
+        with work.progress("grouped", len(self.source.shards)) as advance:
+            for number, shard in enumerate(self.source.shards):
+                path, first = self._path(number), 0
+                grouped: Array | None = None
+                for block in () if path.exists() else shard.blocks(BLOCK_ROWS):
+                    if grouped is None:
+                        grouped = np.empty((shard.rows, shard.width), block.dtype)
+                    grouped[self.places[number][first : first + len(block)]] = block
+                    first += len(block)
+                if grouped is not None:
+                    partial = path.with_suffix(".partial")
+                    with open(partial, "wb") as file:
+                        np.save(file, grouped)
+                    os.replace(partial, path)
+                advance(number + 1)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:05}.npy"
+
+    def numbers(self, groups: range) -> list[Array]:
+        """Of each of some groups the numbers of its rows over all shards, ascending."""
+        numbers, names = [], []
+        for own, offset in zip(self.groups, self.source.offsets[:-1], strict=True):
+            rows = np.flatnonzero((own >= groups.start) & (own < groups.stop))
+            numbers.append(rows + offset)
+            names.append(own[rows])
+        every = np.concatenate(names)
+        order = np.argsort(every, kind="stable")
+        edges = np.searchsorted(every[order], np.arange(groups.start + 1, groups.stop))
+        return np.split(np.concatenate(numbers)[order], edges)
+
+    def rows(self, numbers: Array) -> Tensor:
+        """The embeddings of rows, which are numbered over all shards, float32."""
+        shards = np.searchsorted(self.source.offsets, numbers, side="right") - 1
+        found = torch.empty(len(numbers), self.source.width)
+        for number in np.unique(shards):
+            own = np.flatnonzero(shards == number)
+            places = self.places[number][numbers[own] - self.source.offsets[number]]
+            stored = np.load(self._path(number), mmap_mode="r")
+            found[torch.from_numpy(own)] = torch.from_numpy(stored[places]).float()
+            del stored  # or its pages would count as this process's memory
+        return found
