@@ -192,10 +192,11 @@ def test_files_have_their_paths_for_ids(tmp_path: Path) -> None:
     out = tmp_path / "p.parquet"
     data = f"imagefolder:{tmp_path / 'photos'}?size=4"
     assert told(data, "--encoder", "pixels", "--out", out)["columns"] == ["path"]
-    narrow = open_files(out).narrow(0)
+    source = open_files(out)
+    narrow = source.narrow(0)
     assert narrow.ids.tolist() == ["cat/0.png", "cat/1.png", "dog/0.png"]
     assert narrow.labels.tolist() == ["cat", "cat", "dog"]
-    assert all(Path(path).is_file() for path in narrow.columns["path"])
+    assert all(Path(path).is_file() for path in source.values(0, "path"))
 
 
 @pytest.mark.parametrize(

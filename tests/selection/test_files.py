@@ -275,3 +275,80 @@ def test_lengths_that_differ_and_things_that_are_no_rows():
     source = from_arrays(VECTORS)
     with pytest.raises(InputError, match="labels: got embeddings in files"):
         as_embeddings(source, labels=LABELS)
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_suffixes_in_any_case_are_read(tmp_path):
+    pq.write_table(table(), tmp_path / "A.PARQUET")
+    pq.write_table(table(), tmp_path / "b.pq")
+    feather.write_feather(table(), str(tmp_path / "c.Feather"))
+    assert [shard.name for shard in open_files(tmp_path).shards] == [
+        "A.PARQUET", "b.pq", "c.Feather",
+    ]  # fmt: skip
+    assert open_files(tmp_path / "A.PARQUET").rows == ROWS
+    for name, values in (("D.NPY", VECTORS), ("D.Labels.NPY", LABELS)):
+        with open(tmp_path / name, "wb") as file:
+            np.save(file, values)
+    assert open_files(tmp_path / "D.NPY", Names(label="Labels")).labelled
+
+
+def test_files_in_subfolders_are_noted(tmp_path):
+    (tmp_path / "sub" / "deep").mkdir(parents=True)
+    (tmp_path / ".hidden").mkdir()
+    np.save(tmp_path / "sub" / "deep" / "b.npy", VECTORS)
+    np.save(tmp_path / ".hidden" / "c.npy", VECTORS)
+    with pytest.raises(InputError, match=r"whose files are in .*sub; accepted: a folder with"):
+        open_files(tmp_path)
+    np.save(tmp_path / "a.npy", VECTORS)
+    made = sc.select(tmp_path, "density", 0.5, clusters=2)
+    assert made.total == ROWS
+    assert made.as_dict()["notes"][0].startswith("files in subfolders were not read: ")
+    assert made.as_dict()["notes"][0].endswith("sub")
+
+
+# ---------------------------------------------------------------- numbers of any size
+
+
+def test_rows_of_any_size_have_a_direction():
+    rows = VECTORS[:200].astype(np.float64)
+    wanted = torch.cat(list(as_embeddings(rows.astype(np.float32)).vectors(0)))
+    for size in (1e-310, 1e-300, 1e-45, 1e-30, 1e-23, 1e-16, 1e16, 1e25, 1e200, 1e305):
+        found = torch.cat(list(as_embeddings(rows * size).vectors(0)))
+        assert torch.allclose(found, wanted, atol=2e-7 if size > 1e-300 else 1e-5), size
+    for size in (1e-30, 1e-23, 1e30):
+        small = rows.astype(np.float32) * np.float32(size)
+        assert sc.select(small, "density", 0.5, clusters=4).kept == 100
+
+
+def test_other_rows_keep_their_bits():
+    rows = VECTORS[:100].astype(np.float64)
+    alone = torch.cat(list(as_embeddings(rows).vectors(0)))
+    rows[7], rows[9] = 1e200, 1e-200
+    beside = torch.cat(list(as_embeddings(rows).vectors(0)))
+    others = [n for n in range(100) if n not in (7, 9)]
+    assert torch.equal(alone[others], beside[others])
+    plain = VECTORS[:100].astype(np.float32)
+    lengths = torch.linalg.vector_norm(torch.from_numpy(plain), dim=1, keepdim=True)
+    assert torch.equal(alone, torch.from_numpy(plain) / lengths)
+
+
+def test_duplicates_among_rows_of_any_size():
+    rows = np.concatenate([VECTORS[:50], VECTORS[:50]]).astype(np.float64)
+    rows[:50] *= 1e200
+    made = sc.select(rows, "density", 0.4, clusters=2, epsilon=1e-4)
+    assert made.count("duplicate") == 50
+
+
+def test_what_euclidean_distances_cannot_tell_is_named():
+    rows = VECTORS[:10].astype(np.float64)
+    rows[3] *= 1e200
+    with pytest.raises(InputError, match="a number beyond float32 in row 3 of the rows .id 3."):
+        list(as_embeddings(rows).vectors(0, "euclidean"))
+    rows[3] = np.inf
+    for metric in ("euclidean", "cosine"):
+        with pytest.raises(InputError, match="NaN or Inf in row 3"):
+            list(as_embeddings(rows).vectors(0, metric))
+    rows[3] = 0
+    assert len(next(as_embeddings(rows).vectors(0, "euclidean"))) == 10

@@ -86,6 +86,9 @@ def test_the_file_has_everything_or_what_is_kept(made, tmp_path):
         made.write(tmp_path / "a.csv")
     with pytest.raises(InputError, match="an existing file"):
         read_selection(tmp_path / "none.parquet")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(InputError, match="a whole parquet file"):
+        read_selection(tmp_path / "torn.parquet")
 
 
 @dataclass(frozen=True)

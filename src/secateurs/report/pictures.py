@@ -51,7 +51,7 @@ def check_paths(source: Embeddings, images: str | None) -> None:
     chosen = np.unique(np.linspace(0, source.rows - 1, min(source.rows, LOOKED_AT)).astype(int))
     for number, first in enumerate(source.offsets[:-1]):
         own = chosen[(chosen >= first) & (chosen < source.offsets[number + 1])] - first
-        for path in source.narrow(number).columns[images][own]:
+        for path in source.values(number, images)[own]:
             require(Path(str(path)).is_file(), "images", str(path), "an existing picture")
 
 
@@ -76,7 +76,7 @@ def picture_of(source: Embeddings, images: str | None) -> Callable[[int], str]:
         number = int(np.searchsorted(source.offsets, row, side="right")) - 1
         place = row - int(source.offsets[number])
         if images in source.columns:
-            return _read(str(source.narrow(number).columns[images][place]))
+            return _read(str(source.values(number, images)[place]))
         shape, first = _shape(images), 0
         for block in source.shards[number].blocks(8192):
             if place < first + len(block):

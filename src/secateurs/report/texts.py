@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from secateurs.errors import unknown
-from secateurs.selection.embeddings import Embeddings, Narrow
+from secateurs.selection.columns import Column, is_arrow
+from secateurs.selection.embeddings import Embeddings
 
 USUAL = "text"
 """Column that is shown where nobody names one."""
@@ -30,14 +31,16 @@ def text_of(source: Embeddings, column: str | None) -> Callable[[int], str]:
     name = column or USUAL
     if name not in source.columns:
         return lambda row: ""
-    latest: dict[int, Narrow] = {}
+    latest: dict[int, Column] = {}
 
     def text(row: int) -> str:
         number = int(np.searchsorted(source.offsets, row, side="right")) - 1
         if number not in latest:  # one shard at a time is held
             latest.clear()
-            latest[number] = source.narrow(number)
-        found = str(latest[number].columns[name][row - int(source.offsets[number])])
+            latest[number] = source.narrow(number).columns[name]
+        value = latest[number][row - int(source.offsets[number])]
+        value = value.as_py() if is_arrow(value) else value
+        found = "" if value is None else str(value)
         return found if len(found) <= LONGEST else found[: LONGEST - 1].rstrip() + "…"
 
     return text

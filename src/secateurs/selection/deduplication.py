@@ -184,8 +184,7 @@ def _compared(
     pairs: list[tuple[int, int, float]] = []
     for batch in _batches(spans, most):
         first = batch[0].before
-        rows = grouped.rows(numbers[first : batch[-1].end])
-        rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+        rows = grouped.rows(numbers[first : batch[-1].end], unit=True)
         for before, begin, end in batch:
             own = rows[before - first : end - first]
             best, twin = like_an_earlier(own, window=piece, start=begin - before)

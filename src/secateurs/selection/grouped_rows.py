@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateurs.selection.embeddings import BLOCK_ROWS, Array, Embeddings
+from secateurs.selection.embeddings import BLOCK_ROWS, Array, Embeddings, unit_rows
 from secateurs.workspace import Workspace
 
 GROUP_ROWS = 1 << 17
@@ -100,14 +100,19 @@ class GroupedRows:
         edges = np.searchsorted(every[order], np.arange(groups.start + 1, groups.stop))
         return np.split(np.concatenate(numbers)[order], edges)
 
-    def rows(self, numbers: Array) -> Tensor:
-        """The embeddings of rows, which are numbered over all shards, float32."""
+    def rows(self, numbers: Array, *, unit: bool = False) -> Tensor:
+        """The embeddings of rows, which are numbered over all shards, float32.
+
+        Args:
+            unit: at length 1.
+        """
         shards = np.searchsorted(self.source.offsets, numbers, side="right") - 1
         found = torch.empty(len(numbers), self.source.width)
         for number in np.unique(shards):
             own = np.flatnonzero(shards == number)
             places = self.places[number][numbers[own] - self.source.offsets[number]]
             stored = np.load(self._path(number), mmap_mode="r")
-            found[torch.from_numpy(own)] = torch.from_numpy(stored[places]).float()
+            read = torch.from_numpy(stored[places])
+            found[torch.from_numpy(own)] = unit_rows(read) if unit else read.float()
             del stored  # or its pages would count as this process's memory
         return found

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from secateurs.method import Selector
 from secateurs.parts.budgets import Budget
 from secateurs.registry import options_as_dict
-from secateurs.selection.embeddings import Array, ArrayShard, Embeddings, Shard
+from secateurs.selection.embeddings import Array, Embeddings
 from secateurs.task import Task
 from secateurs.training.loop import own_randomness
 
@@ -57,7 +57,7 @@ def told_of_selection(
 
 def told_of_rows(source: Embeddings) -> list[str]:
     """A fingerprint a shard."""
-    return [_fingerprint(shard) for shard in source.shards]
+    return [shard.fingerprint() for shard in source.shards]
 
 
 def told_of_task(task: Task) -> dict[str, Any]:
@@ -91,15 +91,6 @@ def told_of_encoder(encoder: Any) -> str:
     if "<" in name:  # a lambda or a closure: another time it may be another
         return repr(encoder)
     return f"{encoder.__module__}.{name}"
-
-
-def _fingerprint(shard: Shard) -> str:
-    if not isinstance(shard, ArrayShard):
-        return shard.fingerprint()
-    content = shard.content
-    return f"{shard.name}:" + _digest(
-        [shard.vectors, content.ids, content.labels, dict(content.columns)]
-    )
 
 
 def _digest(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,24 @@ import numpy as np
 
 from secateurs.errors import InputError, described, library, require
 from secateurs.outcome import Promise
-from secateurs.selection.embeddings import Array, Embeddings, Narrow
+from secateurs.selection.columns import (
+    Column,
+    arrow_kind,
+    as_arrow,
+    can_be_written,
+    decoded,
+    family,
+)
+from secateurs.selection.embeddings import BLOCK_ROWS, Array, Embeddings
+from secateurs.selection.reading import reading
 
 KEPT, PRUNED, DUPLICATE, FILTERED = range(4)
 REASONS = ("kept", "pruned", "duplicate", "filtered")
 SUFFIX = ".parquet"
+OWN = ("id", "score", "keep", "reason", "cluster", "distance", "label")
+"""Columns of the file that a selection is written to; the source's of these names are renamed."""
+GROUP_BYTES = 1 << 28
+"""Columns that are held at once when they are written."""
 
 
 @dataclass
@@ -175,16 +188,17 @@ class Selection:
                 for side, key in (("before", "rows"), ("after", "kept"))
             },
             "tables": {k: v for k, v in self.tables.items() if k != "clusters"},
-            "notes": list(self.notes),
+            "notes": [*self.source.notes, *self.notes],
         }
 
     # ------------------------------------------------------------ on disk
 
     def write(self, path: str | Path, *, only_kept: bool = False) -> Path:
-        """Write a row for every sample, atomically, a row group a shard.
+        """Write a row for every sample, atomically, a row group a shard unless it is large.
 
         Columns: ``id``, ``score``, ``keep``, ``reason``, and where there are any ``cluster``,
-        ``distance``, ``label`` and the source's own columns.
+        ``distance``, ``label`` and the source's own columns, as they were there. Of those, one
+        with a name of ours is written as ``source_NAME``, which is noted.
 
         Args:
             only_kept: leave out the rows that go.
@@ -192,7 +206,6 @@ class Selection:
         Raises:
             InputError: another suffix than .parquet.
         """
-        pyarrow = library("pyarrow", "data")
         parquet = library("pyarrow.parquet", "data")
         path = Path(path)
         require(path.suffix == SUFFIX, "out", str(path), f"a file that ends in {SUFFIX}")
@@ -200,14 +213,11 @@ class Selection:
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         writer = None
         try:
+            names = self._written_names()
             for number in range(len(self.source.shards)):
-                columns = self._columns(number)
-                if only_kept:
-                    mask = self.masks[number]
-                    columns = {name: values[mask] for name, values in columns.items()}
-                table = pyarrow.table(columns)
-                writer = writer or parquet.ParquetWriter(partial, table.schema)
-                writer.write_table(table.cast(writer.schema))
+                for table in self._tables(number, names, only_kept):
+                    writer = writer or parquet.ParquetWriter(partial, table.schema)
+                    writer.write_table(table, row_group_size=max(len(table), 1))
             if writer is not None:
                 writer.close()
             os.replace(partial, path)
@@ -215,20 +225,62 @@ class Selection:
             partial.unlink(missing_ok=True)
         return path
 
-    def _columns(self, number: int) -> dict[str, Array]:
-        narrow: Narrow = self.source.narrow(number)
-        columns: dict[str, Array] = {
-            "id": narrow.ids,
-            "score": self.scores[number],
-            "keep": self.reasons[number] == KEPT,
-            "reason": np.array(REASONS)[self.reasons[number]],
+    def _written_names(self) -> dict[str, str]:
+        """What the source's columns are called in the file; what is not as it was is noted."""
+        names, notes = {}, []
+        columns = self.source.kinds.columns
+        for name, kind in columns.items():
+            if not can_be_written(name, kind):
+                notes.append(f"column {name} is left out: Parquet does not hold {kind}")
+                continue
+            written = name
+            while written in OWN or (written != name and written in columns):
+                written = f"source_{written}"
+            names[name] = written
+            if written != name:
+                notes.append(f"the source's column {name} is written as {written}")
+        self.notes += [note for note in notes if note not in self.notes]
+        return names
+
+    def _tables(self, number: int, names: Mapping[str, str], only_kept: bool) -> Iterator[Any]:
+        """What is written of a shard, in tables of about `GROUP_BYTES`."""
+        pyarrow = library("pyarrow", "data")
+        own = self._own_columns(number)
+        parts, held, first = [], 0, 0
+        for count, further in self.source.shards[number].further(BLOCK_ROWS):
+            kinds = self.source.kinds.columns
+            columns = {
+                written: as_arrow(further[name], arrow_kind(kinds[name]))
+                for name, written in names.items()
+            }
+            columns |= {name: values.slice(first, count) for name, values in own.items()}
+            table = pyarrow.table(columns)
+            if only_kept:
+                table = table.filter(columns["keep"])
+            parts.append(table)
+            held += table.nbytes
+            first += count
+            if held > GROUP_BYTES:
+                yield pyarrow.concat_tables(parts)
+                parts, held = [], 0
+        if parts:
+            yield pyarrow.concat_tables(parts)
+
+    def _own_columns(self, number: int) -> dict[str, Any]:
+        pyarrow = library("pyarrow", "data")
+        narrow, kinds = self.source.narrow(number), self.source.kinds
+        columns = {
+            "id": as_arrow(narrow.ids, decoded(arrow_kind(kinds.id))),
+            "score": pyarrow.array(self.scores[number]),
+            "keep": pyarrow.array(self.reasons[number] == KEPT),
+            "reason": pyarrow.array(np.array(REASONS)[self.reasons[number]]),
         }
         for name, parts in (("cluster", self.clusters), ("distance", self.distances)):
             if parts is not None:
-                columns[name] = parts[number]
+                columns[name] = pyarrow.array(parts[number])
         if narrow.labels is not None:
-            columns["label"] = narrow.labels
-        return {**{k: v for k, v in narrow.columns.items() if k not in columns}, **columns}
+            columns["label"] = as_arrow(narrow.labels, decoded(arrow_kind(kinds.label)))
+        return columns
 
     # ------------------------------------------------------------ examples
 
@@ -303,15 +355,22 @@ def balance(counts: Sequence[int]) -> float | None:
     return -sum(share * math.log(share) for share in shares) / math.log(len(counts))
 
 
-def read_selection(path: str | Path) -> Mapping[str, Array]:
+def read_selection(path: str | Path) -> Mapping[str, Column]:
     """The columns of a file that `Selection.write` wrote.
+
+    Numbers and texts are numpy arrays, columns of the source with gaps or of other kinds Arrow's.
 
     Raises:
         InputError: no such file, or not one of these.
     """
     parquet = library("pyarrow.parquet", "data")
     require(Path(path).is_file(), "selection", str(path), "an existing file")
-    table = parquet.read_table(path)
+    with reading(Path(path)):
+        table = parquet.read_table(path)
     missing = {"id", "keep", "score"} - set(table.column_names)
     require(not missing, "selection", str(path), "what secateurs select wrote")
-    return {name: table[name].to_numpy() for name in table.column_names}
+    found = {name: table[name] for name in table.column_names}
+    return {
+        name: values if values.null_count or family(values.type) == "other" else values.to_numpy()
+        for name, values in found.items()
+    }

@@ -277,7 +277,7 @@ def _predicted(target: Embeddings, column: str, names: list[Any]) -> Array:
             f"a column of the target: {', '.join(target.columns) or 'it has none'}")  # fmt: skip
     known, votes = np.array(names), np.zeros(len(names), np.int64)
     for number in range(len(target.shards)):
-        own = target.narrow(number).columns[column]
+        own = target.values(number, column)
         strange = ~np.isin(own, known)
         if strange.any():
             raise InputError(column, own[strange].tolist()[0], "a class of the source")

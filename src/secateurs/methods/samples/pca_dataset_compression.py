@@ -147,8 +147,8 @@ class PruneCombineAugment(Selector):
     ) -> list[Array]:
         """A number a sample, a shard each; higher means harder."""
         name = self.score or (EL2N if EL2N in source.columns else None)
-        if name is None and task is None and len(source.columns) == 1:
-            name = source.columns[0]
+        if name is None and task is None and len(source.numeric) == 1:
+            name = source.numeric[0]
         if name is not None:
             return source.column(name)
         accepted = "a column of scores, score=COLUMN, or a task on which EL2N is measured"
