@@ -1,6 +1,7 @@
 """Tasks: what a batch is, how quality is measured, and what is refused."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import secateurs as sc
 from secateurs.devices import to_device
 from secateurs.errors import InputError
-from secateurs.task import batch_size, head, multitask, seeded, split_batch
+from secateurs.task import batch_size, head, logits_of, multitask, seeded, split_batch
 
 LABELS = torch.tensor([0, 1, 2, 0, 1])
 INPUTS = F.one_hot(torch.tensor([0, 1, 1, 0, 2]), 3).float()
@@ -173,3 +174,15 @@ def test_several_tasks_need_losses_and_metrics(losses, metrics):
 def test_losses_over_nothing_are_refused():
     with pytest.raises(InputError, match="at least one batch"):
         sc.classification(make_net, None, pairs()).measure_losses(make_net(), [])
+
+
+def test_logits_are_the_output_or_its_field():
+    logits = torch.randn(2, 3)
+    assert logits_of(logits) is logits
+    assert logits_of({"loss": logits.mean(), "logits": logits}) is logits
+    assert logits_of(SimpleNamespace(logits=logits)) is logits
+    told = "output of the model: got a dict with last_hidden_state, pooler_output; accepted: a tens"
+    with pytest.raises(InputError, match=told):
+        logits_of({"last_hidden_state": logits, "pooler_output": logits})
+    with pytest.raises(InputError, match="got a tuple; accepted"):
+        logits_of((logits, logits))

@@ -1,7 +1,9 @@
 """secateurs: prune everything a neural network is made of and fed with."""
 
 from secateurs.api import axes, prune, prune_checkpoint, select, train_with
+from secateurs.deploy.block_sparse import to_block_sparse
 from secateurs.deploy.delta_file import SparseDelta, load_delta, merge
+from secateurs.deploy.semi_structured import pack_semi_structured
 from secateurs.errors import DivergedError, InputError, SecateursError
 from secateurs.method import Codec, Method, Procedure, Pruner, Selector, TrainingPruner
 from secateurs.outcome import Outcome, load, save
@@ -52,10 +54,12 @@ __all__ = [
     "merge",
     "multitask",
     "option",
+    "pack_semi_structured",
     "prune",
     "prune_checkpoint",
     "register",
     "save",
     "select",
+    "to_block_sparse",
     "train_with",
 ]

@@ -28,6 +28,7 @@ from secateurs.outcome import Outcome, Promise
 from secateurs.parts.budgets import Budget
 from secateurs.parts.costs import measure_cost
 from secateurs.parts.masks import Masks
+from secateurs.parts.peft_layers import refuse_adapters
 from secateurs.parts.prunable import fixed_parameters
 from secateurs.parts.scales import norm_scales
 from secateurs.ray_connection import check_address, connected
@@ -35,6 +36,7 @@ from secateurs.recovery import Recover, Recovery, check_recovery, finetune, reco
 from secateurs.registry import create, options_as_dict
 from secateurs.task import Task
 from secateurs.training.loop import fit_once
+from secateurs.training.peft_adapters import merged
 from secateurs.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -64,7 +66,8 @@ def prune(
 
     Args:
         model: the weights to start from. One-shot methods prune them; training pruners train
-            on from them by ``task.training``; procedures take them as the initial weights.
+            on from them by ``task.training``; procedures take them as the initial weights. A
+            `peft.PeftModel` with LoRA for ``loraprune`` and ``darex``, which merge it.
         method: a name of `secateurs.list_methods`, or a method object.
         budget: what to come down to, such as ``sparsity=0.9``.
         task: data, loss and metrics. Without one, only one-shot methods that need no data run,
@@ -101,7 +104,7 @@ def prune(
     how = recovery(recover)
     work = work or Workspace()
     _check_needs(chosen, model, task, base)
-    check_recovery(how, task)
+    check_recovery(how, task, chosen)
     dense = copy.deepcopy(model) if inplace else model
     net = model if inplace else copy.deepcopy(model)
     try:
@@ -115,7 +118,7 @@ def prune(
     outcome.method, outcome.options = chosen.name, options_as_dict(chosen)
     outcome.budget, outcome.seed = str(parsed), seed
     outcome.model.eval()
-    _measure(outcome, dense, task, engines if with_latency else ())
+    _measure(outcome, merged(dense), task, engines if with_latency else ())
     outcome.promise = outcome.promise or promise_of(outcome, parsed)
     if not outcome.promise.kept:
         outcome.notes.append(f"budget {outcome.promise}")
@@ -425,6 +428,10 @@ def _check_needs(
         )
     if "base" not in method.needs and base is not None:
         raise InputError("base", described("a module"), f"none: {method.name} has no use for it")
+    if not method.takes_adapters:
+        refuse_adapters(model)
+    if base is not None:
+        refuse_adapters(base, "base")
     if "norm-scales" in method.needs:
         norm_scales(model)  # refuses a model without any
     if task is None and set(method.needs) - {"nothing", "base"}:
@@ -486,7 +493,9 @@ def _measure(outcome: Outcome, dense: nn.Module, task: Task | None, engines: Seq
     after = outcome.after or measure_cost(outcome.model, inputs, outcome.masks)
     if engines:
         # also of costs that a procedure counted itself
-        found = compare_latency(dense, outcome.model, inputs, engines=engines)
+        found = compare_latency(
+            dense, outcome.model, inputs, engines=engines, masks=outcome.masks or None
+        )
         if eager := found.get("eager"):
             before = replace(before, latency=eager.dense)
             after = replace(after, latency=eager.pruned)

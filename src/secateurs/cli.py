@@ -370,7 +370,8 @@ track_option = click.option("--track", metavar="NAME", help="tensorboard, mlflow
     "--engines",
     default="eager",
     show_default=True,
-    help="in which they are timed, with commas between: eager, compile, onnxruntime",
+    help="in which they are timed, with commas between: eager, compile, onnxruntime, and of the "
+    "pruned model packed: 2:4, block",
 )
 @track_option
 @json_option

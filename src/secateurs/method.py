@@ -45,6 +45,8 @@ class Method(ABC):
     budgets: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]] = ("nothing",)
     aliases: ClassVar[tuple[str, ...]] = ()
+    takes_adapters: ClassVar[bool] = False
+    """Whether a `peft.PeftModel` will do; other methods refuse it."""
 
     @property
     def time(self) -> str:

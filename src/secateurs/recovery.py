@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from secateurs.errors import InputError, require, unknown
+from secateurs.errors import InputError, described, require, unknown
+from secateurs.method import Method, Pruner
 from secateurs.outcome import Outcome
 from secateurs.registry import create, list_methods
 from secateurs.settings import TrainSettings
@@ -27,6 +28,11 @@ from secateurs.workspace import Workspace
 
 class Recovery(ABC):
     """Something that trains what a method left."""
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether it compares with the model before it was pruned."""
+        return False
 
     @abstractmethod
     def recover(
@@ -126,7 +132,11 @@ def recovery(given: Recover) -> bool | Recovery:
     return made
 
 
-def check_recovery(how: bool | Recovery, task: Task | None) -> None:
+def check_recovery(how: bool | Recovery, task: Task | None, method: Method) -> None:
     """Raise `InputError` unless there is something to recover with."""
     if isinstance(how, Recovery) and (task is None or task.train is None):
         raise InputError("task.train", None, "a Task with training data: recover asks for them")
+    if isinstance(how, Recovery) and how.needs_dense and not isinstance(method, Pruner):
+        name = method.name
+        told = f"reconstruct after {name}, which trains: there are no dense blocks to compare with"
+        raise InputError("mode", described(told), "retrain")

@@ -228,8 +228,20 @@ def batch_size(value: Any) -> int:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits: the output itself, or the field ``logits`` of a transformers output."""
-    return output if isinstance(output, Tensor) else output.logits
+    """The logits: the output itself, or the field ``logits`` of a transformers output.
+
+    Raises:
+        InputError: there is no such field.
+    """
+    if isinstance(output, Tensor):
+        return output
+    mapped = isinstance(output, Mapping)
+    found = output.get("logits") if mapped else getattr(output, "logits", None)
+    if not isinstance(found, Tensor):
+        fields = f" with {', '.join(map(str, output))}" if mapped else ""
+        told = described(f"a {type(output).__name__}{fields}")
+        raise InputError("output of the model", told, "a tensor, or an output with logits")
+    return found
 
 
 def cross_entropy(label_smoothing: float = 0.0) -> Loss:

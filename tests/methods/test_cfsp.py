@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -550,3 +551,39 @@ def test_what_cannot_be_measured_is_refused():
 def test_bad_options_are_refused(option, value):
     with pytest.raises(InputError, match=option):
         pruned(transformer(), "keep=0.5", **{option: value})
+
+
+class Inside(nn.Module):
+    """A block whose second projection is multiplied by its own code, never called (Mamba)."""
+
+    def __init__(self, called):
+        super().__init__()
+        self.norm, self.called = nn.LayerNorm(8), called
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.narrow, self.wide = nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def forward(self, x):
+        x = self.norm(x)
+        own = F.linear(torch.relu(self.narrow(x)), self.wide.weight, self.wide.bias)
+        return x + own + (self.down(torch.relu(self.up(x))) if self.called else 0)
+
+
+def stacked(called):
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(Inside(called)) for _ in range(2)]
+    head = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(nn.Unflatten(1, (8, 8)), *blocks, head).eval()
+
+
+def test_neurons_whose_activation_nobody_saw_stay(digits_task):
+    outcome = pruned(stacked(True), "keep=0.5", digits_task)
+    for block in (outcome.model[1][0], outcome.model[2][0]):
+        assert block.narrow.out_features == 6
+    assert outcome.model[1][0].up.out_features + outcome.model[2][0].up.out_features == 12
+    assert "12 of 24 feed-forward neurons stay" in outcome.notes
+    why = "left whole, no calibration input was seen to reach what they are fed to: "
+    assert why + "1.0.narrow, 2.0.narrow" in outcome.notes
+    with pytest.raises(InputError, match="no activation of which was seen: 1.0.narrow"):
+        pruned(stacked(False), "keep=0.5", digits_task)
+    blind = pruned(stacked(False), "keep=0.5", digits_task, score="magnitude")
+    assert blind.model[1][0].narrow.out_features + blind.model[2][0].narrow.out_features == 6

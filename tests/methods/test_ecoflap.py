@@ -11,11 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import secateurs as sc
-from secateurs.calibration.blocks import find_blocks
+from secateurs.calibration.blocks import find_blocks, sub_networks
 from secateurs.errors import InputError
 from secateurs.methods.weights.ecoflap import (
     first_order_scores,
-    sub_networks,
     zeroth_order_scores,
 )
 from secateurs.parts.allocation import default_cap, water_fill
@@ -247,7 +246,9 @@ def test_pairs_whose_batches_cannot_be_cut_are_collated_anew():
     rows = [(x, y) for x, y in torch.randn(40, 2, 6).double()]
 
     def collate(pairs):
-        return torch.stack([*(x for x, _ in pairs), *(y for _, y in pairs)]), range(len(pairs))
+        return torch.stack([*(x for x, _ in pairs), *(y for _, y in pairs)]), torch.arange(
+            len(pairs)
+        )
 
     def apart(output, target):
         one, other = output.chunk(2)

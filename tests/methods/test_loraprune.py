@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import secateurs as sc
+from secateurs.calibration.blocks import find_blocks
 from secateurs.errors import InputError
 from secateurs.methods.channels.loraprune import (
     LoRAPrune,
@@ -444,3 +445,25 @@ def test_a_fresh_model_is_trained_first(small):
     stages = stages_for("loraprune", "params=0.5", {}, fresh=True)
     assert [s.kind for s in stages] == ["train", "prune"]
     assert replace(stages[1], recover=False).build_method() == LoRAPrune()
+
+
+def test_of_an_encoder_and_a_decoder_both_ends_stay_whole():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=40, d_model=8, d_kv=4, d_ff=12, num_heads=2, num_layers=3, num_decoder_layers=2
+    )
+    t5 = transformers.T5ForConditionalGeneration(config)
+    whole = LoRAPrune(protect_first=0.34).protected(t5, find_blocks(t5))
+    kinds = {"encoder.block.0", "encoder.block.2", "decoder.block.1"}
+    assert whole == kinds
+    assert LoRAPrune(protect_first=0, protect_last=0).protected(t5, find_blocks(t5)) == set()
+
+
+def test_in_bfloat16_roundings_are_no_note():
+    torch.manual_seed(0)
+    tokens = torch.randint(40, (32, 9))
+    loader = DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), 8)
+    task = sc.language_modelling(llama, loader, loader, finetuning=sc.TrainSettings(steps=12))
+    model = llama(4).bfloat16()
+    outcome = sc.prune(model, "loraprune", "params=0.75", task, lr=1e-2, protect_first=0.0)
+    assert not outcome.notes

@@ -12,7 +12,14 @@ from torch.utils.data import DataLoader, TensorDataset
 import secateurs as sc
 from secateurs.calibration.blocks import find_blocks
 from secateurs.errors import InputError
-from secateurs.methods.weights.perp import MERGING, RECONSTRUCTED, TRAINED, Perp, head_of
+from secateurs.methods.weights.perp import (
+    MERGING,
+    RECONSTRUCTED,
+    TRAINED,
+    Perp,
+    head_of,
+    ranks_of,
+)
 from secateurs.recovery import recovery
 from secateurs.registry import create
 from secateurs.runs.recipe import Recipe
@@ -136,8 +143,7 @@ def test_every_kind_gets_better_and_keeps_its_zeros(small, kind):
 )
 def test_n_of_m_holds_in_every_group_after_merging(small, pruner, mode):
     task, model = small
-    budget = "sparsity=0.5" if pruner == "global-mp" else "2:4"
-    outcome = sc.prune(model, "perp", budget, task, pruner=pruner, mode=mode, steps=5, samples=32)
+    outcome = sc.prune(model, "perp", "2:4", task, pruner=pruner, mode=mode, steps=5, samples=32)
     assert zeros_are_where_the_masks_say(outcome)
     assert outcome.promise.kept
     for name in outcome.masks:
@@ -158,6 +164,20 @@ def test_plain_adapters_are_kept_in_a_folder_beside_the_pruned_model(small, tmp_
     peft = pytest.importorskip("peft")
     read = peft.PeftModel.from_pretrained(outcome.model, str(tmp_path / "adapters"))
     assert task.measure(read)["loss"] == pytest.approx(with_them["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+def test_adapters_overwrite_nothing(small, tmp_path, recovers):
+    task, model = small
+    mine = tmp_path / "adapters" / "adapter_config.json"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    options = {"adapters": "lora", "steps": 1, "adapter_folder": str(mine.parent)}
+    how = {"recover": {"perp": options}, "samples": 16} if recovers else options
+    with pytest.raises(InputError, match="output folder: got .* accepted: a folder that is new"):
+        sc.prune(model, "wanda" if recovers else "perp", "sparsity=0.5", task, **how)
+    assert [p.name for p in mine.parent.iterdir()] == ["adapter_config.json"]
+    assert mine.read_text() == "mine"
 
 
 # transformers
@@ -320,10 +340,66 @@ def test_it_recovers_a_model_that_is_smaller(small):
     assert outcome.after.parameters == raw.after.parameters
     assert outcome.metrics_after["loss"] < raw.metrics_after["loss"]
     assert not any(n.startswith("adapters on layers of which nothing") for n in outcome.notes)
-    with pytest.raises(InputError, match="mode: got reconstruct with blocks of other shapes"):
-        sc.prune(
-            model, "spa", "params=0.8", task, recover={"perp": {"mode": "reconstruct"}}, **options
-        )
+
+
+STRUCTURAL = [
+    ("cfsp", "keep=0.5", {"samples": 64}),
+    ("spa", "params=0.75", {"roles": ["neuron", "head"]}),
+]
+
+
+@pytest.mark.parametrize(("method", "budget", "options"), STRUCTURAL)
+def test_smaller_blocks_are_brought_nearer_to_the_dense_ones(small, method, budget, options):
+    """The errors before and after, by hand: dense blocks on what the smaller prefix gives."""
+    task, model = small
+    how = {"mode": "reconstruct", "samples": 64, "batch": 64, "steps": 60, "lr": 3e-3, "rank": 4}
+    raw = sc.prune(model, method, budget, task, recover=False, **options)
+    made = sc.prune(model, method, budget, task, recover={"perp": how}, **options)
+    assert made.after.parameters == raw.after.parameters
+    rows = made.tables[RECONSTRUCTED]
+    assert [row["block"] for row in rows] == list(find_blocks(model))
+    x = calibration_inputs(task.train, 64, 0, task.unpack)
+    with torch.no_grad():
+        stream = (made.model.patches(x) + made.model.positions).flatten(2).transpose(1, 2)
+        for number, row in enumerate(rows):
+            target = model.blocks[number](stream)
+            for place, net in (("before", raw.model), ("after", made.model)):
+                error = (net.blocks[number](stream) - target).square().mean()
+                assert row[place] == pytest.approx(float(error), rel=1e-4)
+            assert row["before"] == 0 or row["after"] < 0.8 * row["before"]
+            stream = made.model.blocks[number](stream)
+    assert made.metrics_after["loss"] < raw.metrics_after["loss"]
+
+
+def test_ranks_of_reconstructed_blocks_are_those_that_the_method_gives(small):
+    task, model = small
+    how = {"mode": "reconstruct", "samples": 16, "steps": 1, "rank": 4, "biases": False}
+    given = {"recover": {"perp": how | {"norms": False}}, "samples": 64, "alpha": 3.0}
+    outcome = sc.prune(model, "cfsp", "keep=0.5", task, **given)
+    ranks = ranks_of([f"{b}.x" for b in outcome.rank_weights], outcome.rank_weights, 4)
+    assert len(set(ranks.values())) > 1
+    trained = 0
+    for name, block in find_blocks(outcome.model).items():
+        sizes = [m.in_features + m.out_features for m in block.modules() if is_linear(m)]
+        trained += ranks[f"{name}.x"] * sum(sizes)
+    assert outcome.tables[TRAINED][-1] == {
+        "part": "all", "parameters": trained, "share": pytest.approx(trained / size_of(outcome))
+    }  # fmt: skip
+
+
+def is_linear(module):
+    return type(module) is nn.Linear
+
+
+def size_of(outcome):
+    return sum(p.numel() for p in outcome.model.parameters())
+
+
+def test_a_stream_that_became_narrower_cannot_be_compared(small):
+    task, model = small
+    how = {"recover": {"perp": {"mode": "reconstruct", "samples": 16}}}
+    with pytest.raises(InputError, match="mode: got reconstruct, but blocks.0 takes or gives"):
+        sc.prune(model, "spa", "params=0.6", task, roles=["channel", "width"], **how)
 
 
 def test_as_a_recovery_and_as_a_method_it_is_the_same(small):
@@ -337,9 +413,14 @@ def test_as_a_recovery_and_as_a_method_it_is_the_same(small):
 
 def test_reconstruction_needs_the_dense_blocks(small):
     task, model = small
-    task = replace(task, training=sc.TrainSettings(steps=2))
-    with pytest.raises(InputError, match="got reconstruct with no dense blocks"):
-        sc.prune(model, "gmp", "sparsity=0.5", task, recover={"perp": {"mode": "reconstruct"}})
+    how = {"perp": {"mode": "reconstruct"}}
+    for method in ("gmp", "lottery-ticket"):
+        told = f"mode: got reconstruct after {method}, which trains: .* accepted: retrain"
+        with pytest.raises(InputError, match=told):
+            sc.prune(model, method, "sparsity=0.5", task, recover=how)
+    outcome = sc.prune(model, "wanda", "sparsity=0.5", task)
+    with pytest.raises(InputError, match="mode: got reconstruct, and no dense blocks to compare"):
+        recovery(how).recover(outcome, task)
 
 
 def test_recoveries_by_name(small):

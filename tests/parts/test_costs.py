@@ -169,3 +169,22 @@ def test_inputs_of_every_form(wrap):
 def test_a_cost_survives_json(with_latency):
     cost = measure_cost(network(), IMAGES, with_latency=with_latency)
     assert Cost.from_dict(json.loads(json.dumps(cost.as_dict()))) == cost
+
+
+class Queries(nn.Module):
+    """Learned queries, viewed before the first layer sees them."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, 3, 4))
+        self.layer, self.frozen = nn.Linear(4, 5), nn.Linear(5, 4).requires_grad_(False)
+
+    def forward(self, x):
+        return x + self.frozen(self.layer(self.queries.expand(len(x), -1, -1)))
+
+
+def test_macs_behind_learned_queries():
+    model = Queries()
+    asked = {n: p.requires_grad for n, p in model.named_parameters()}
+    assert count_macs(model, torch.randn(2, 3, 4)) == {"layer": 2 * 3 * 20, "frozen": 2 * 3 * 20}
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == asked

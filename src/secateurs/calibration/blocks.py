@@ -9,7 +9,8 @@ another kind, so neither is taken for a block. A model without stacks is one blo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from itertools import takewhile
 
 from torch import nn
 
@@ -35,6 +36,28 @@ def owner_of(name: str, blocks: Collection[str]) -> str | None:
         if (prefix := ".".join(parts[:end])) in blocks:
             return prefix
     return None
+
+
+def sub_networks(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The sub-network (encoder, decoder, tower) of every block; "" where there is but one.
+
+    Sub-networks are the children of the smallest module that holds all blocks. If that is a
+    stack itself, or all of these children are (stages, one after the other), there is but one.
+    """
+    stacks = nn.ModuleList | nn.Sequential
+    levels = zip(*(name.split(".") for name in blocks), strict=False)
+    common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, levels)]
+    depth = len(common) + 1
+    found = {name: ".".join(name.split(".")[:depth]) for name in blocks}
+    children = [model.get_submodule(name) for name in dict.fromkeys(found.values())]
+    holder = model.get_submodule(".".join(common))
+    if (
+        len(children) == 1
+        or isinstance(holder, stacks)
+        or all(isinstance(c, stacks) for c in children)
+    ):
+        return dict.fromkeys(blocks, "")
+    return found
 
 
 def _stacked(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:

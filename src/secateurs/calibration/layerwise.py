@@ -51,7 +51,7 @@ from secateurs.parts.prunable import prunable_parameters
 from secateurs.parts.topk import select_largest
 from secateurs.settings import option
 from secateurs.task import Split, Task, split_batch
-from secateurs.training.batches import calibration_inputs, split
+from secateurs.training.batches import calibration_batches
 from secateurs.workspace import Workspace
 
 Scope = Literal["row", "matrix"]
@@ -174,8 +174,7 @@ class LayerwisePruner(Pruner):
         Raises:
             InputError: there are fewer.
         """
-        inputs = calibration_inputs(loader, self.samples, seed, unpack)
-        return split(inputs, self.samples, self.batch)
+        return calibration_batches(loader, self.samples, self.batch, seed, unpack)
 
     def removals(
         self,

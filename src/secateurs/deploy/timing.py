@@ -8,6 +8,8 @@ the ratios of neighbours, with their spread.
 ``eager``      PyTorch as it is
 ``compile``    `torch.compile` with fixed shapes (TorchInductor); the warm-up compiles
 ``onnxruntime``  ONNX Runtime on the CPU, from a file that `export_onnx` writes and checks
+``2:4``        the pruned model in sparse kernels (`secateurs.deploy.packing`), the dense one eager
+``block``      the same, its blocks of zeros left out
 ============== ==================================================================================
 """
 
@@ -22,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateurs.deploy.onnx_export import export_onnx
 from secateurs.deploy.onnx_session import OnnxSession, first_line
+from secateurs.deploy.packing import PACKED, packed
 from secateurs.devices import device_of
 from secateurs.errors import InputError, require, unknown
 from secateurs.parts.costs import (
@@ -50,11 +53,13 @@ class EngineLatency:
         engine: its name.
         latency: in milliseconds; None where it could not be measured.
         failure: why not.
+        note: what was timed, where that is not plain.
     """
 
     engine: str
     latency: Latency | None
     failure: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class Comparison:
         ratio: median over the rounds of pruned / dense: below 1 is faster.
         low, high: 10th and 90th percentile of these ratios.
         failure: why there are none.
+        note: what was timed, where that is not plain: how many layers run in sparse kernels, and
+            which stay dense.
     """
 
     engine: str
@@ -76,6 +83,7 @@ class Comparison:
     low: float | None = None
     high: float | None = None
     failure: str = ""
+    note: str = ""
 
 
 def measure_engines(
@@ -83,6 +91,7 @@ def measure_engines(
     example_inputs: Any,
     *,
     engines: Sequence[str] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     threads: int | None = None,
     warmup: int = 5,
     repeats: int = 30,
@@ -92,7 +101,8 @@ def measure_engines(
     Args:
         model: timed in eval mode; it is left as it was.
         example_inputs: a tensor, a sequence of arguments or a dictionary of keyword arguments.
-        engines: names of `ENGINES`; all where None.
+        engines: names of `ENGINES` or `PACKED`; all of `ENGINES` where None.
+        masks: True = keep, of a pruned model, for `PACKED`; by default what is not zero is kept.
         threads: of the CPU; as many as torch has where None.
         warmup, repeats: passes before and while the clock runs.
 
@@ -105,8 +115,11 @@ def measure_engines(
     """
     results = {}
     for engine in check_engines(engines):
-        times, failure = _times(engine, [model], example_inputs, threads, warmup, repeats)
-        results[engine] = EngineLatency(engine, latency_of(times[0]) if times else None, failure)
+        times, failure, note = _times(
+            engine, [model], example_inputs, masks, threads, warmup, repeats
+        )
+        latency = latency_of(times[0]) if times else None
+        results[engine] = EngineLatency(engine, latency, failure, note)
     return results
 
 
@@ -116,6 +129,7 @@ def compare_latency(
     example_inputs: Any,
     *,
     engines: Sequence[str] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     threads: int | None = None,
     warmup: int = 5,
     repeats: int = 30,
@@ -125,6 +139,7 @@ def compare_latency(
     Args:
         dense, pruned: both are called on the same inputs.
         example_inputs, engines, threads, warmup, repeats: as for `measure_engines`.
+        masks: of the pruned model.
 
     Returns:
         By engine, in the order asked for. One that is not installed, or fails for either model,
@@ -135,9 +150,11 @@ def compare_latency(
     """
     results = {}
     for engine in check_engines(engines):
-        times, failure = _times(engine, [dense, pruned], example_inputs, threads, warmup, repeats)
+        times, failure, note = _times(
+            engine, [dense, pruned], example_inputs, masks, threads, warmup, repeats
+        )
         results[engine] = (
-            _comparison(engine, *times) if times else Comparison(engine, failure=failure)
+            _comparison(engine, *times, note=note) if times else Comparison(engine, failure=failure)
         )
     return results
 
@@ -160,12 +177,15 @@ def latency_rows(
             "low": found.low,
             "high": found.high,
             "failure": found.failure,
+            "note": found.note,
         }
         for found in comparisons.values()
     ]
 
 
-def _comparison(engine: str, dense: Sequence[float], pruned: Sequence[float]) -> Comparison:
+def _comparison(
+    engine: str, dense: Sequence[float], pruned: Sequence[float], *, note: str
+) -> Comparison:
     ratios = sorted(b / a for a, b in zip(dense, pruned, strict=True))
     tenth = len(ratios) // 10
     return Comparison(
@@ -175,20 +195,22 @@ def _comparison(engine: str, dense: Sequence[float], pruned: Sequence[float]) ->
         statistics.median(ratios),
         ratios[tenth],
         ratios[-1 - tenth],
+        note=note,
     )
 
 
 def check_engines(engines: Sequence[str] | None) -> list[str]:
-    """The engines asked for, all where None.
+    """The engines asked for, all of `ENGINES` where None.
 
     Raises:
         InputError: none, or an unknown one; the closest one is suggested.
     """
     chosen = list(ENGINES if engines is None else engines)
-    require(bool(chosen), "engines", engines, f"some of {', '.join(ENGINES)}")
+    known = (*ENGINES, *PACKED)
+    require(bool(chosen), "engines", engines, f"some of {', '.join(known)}")
     for engine in chosen:
-        if engine not in ENGINES:
-            raise unknown("engines", engine, ENGINES)
+        if engine not in known:
+            raise unknown("engines", engine, known)
     return chosen
 
 
@@ -196,20 +218,27 @@ def _times(
     engine: str,
     models: Sequence[nn.Module],
     inputs: Any,
+    masks: Mapping[str, Tensor] | None,
     threads: int | None,
     warmup: int,
     repeats: int,
-) -> tuple[list[list[float]], str]:
-    """Milliseconds by model, or the reason why there are none."""
+) -> tuple[list[list[float]], str, str]:
+    """Milliseconds by model, the reason why there are none, and a note on what was timed."""
     require(repeats >= 1, "repeats", repeats, "at least 1")
     require(warmup >= 0, "warmup", warmup, "0 or more")
+    note = ""
     with ExitStack() as stack:
         stack.enter_context(timing_conditions(*models, threads=threads))
         try:
-            calls = [stack.enter_context(ENGINES[engine](model, inputs)) for model in models]
-            return time_calls(calls, warmup=warmup, repeats=repeats), ""
+            if engine in PACKED:
+                with torch.inference_mode(False):
+                    pruned, note = packed(models[-1], engine, inputs, masks)
+                models = [*models[:-1], pruned.eval()]
+            run = ENGINES.get(engine, _eager)
+            calls = [stack.enter_context(run(model, inputs)) for model in models]
+            return time_calls(calls, warmup=warmup, repeats=repeats), "", note
         except Exception as error:
-            return [], str(error) if isinstance(error, InputError) else first_line(error)
+            return [], str(error) if isinstance(error, InputError) else first_line(error), ""
 
 
 @contextmanager

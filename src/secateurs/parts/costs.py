@@ -132,7 +132,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     # imported here because it brings Triton along, a tenth of a second
     from torch.utils.flop_counter import FlopCounterMode
 
-    with evaluating(model), attention_in_the_open(), one_by_one(model), torch.no_grad():
+    with evaluating(model), attention_in_the_open(), one_by_one(model), _untrained(model):
         counter = FlopCounterMode(display=False)
         with counter:
             forward(model, to_device(example_inputs, device_of(model)))
@@ -150,6 +150,24 @@ def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
                 parent = parent.rpartition(".")[0]
             own[parent] -= count
     return {name: count // 2 for name, count in own.items() if count > 0}
+
+
+@contextmanager
+def _untrained(model: nn.Module) -> Iterator[None]:
+    """No gradients, and no parameter that asks for one.
+
+    The counter watches gradients of what a module is given. A view of a parameter (learned
+    queries) asks for them and has no function that they would come from.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with torch.no_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def dense_bytes(model: nn.Module) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from secateurs.errors import InputError, described
 from secateurs.parts.experts import are_experts
+from secateurs.parts.peft_layers import refuse_adapters
 
 _WEIGHTED = (
     nn.Linear,
@@ -43,9 +44,10 @@ def prunable_parameters(
         exclude: regular expressions of names to leave out.
 
     Raises:
-        InputError: a pattern matches nothing, nothing is left to prune, or a weight has NaN
-            or Inf (the layer is named).
+        InputError: a pattern matches nothing, nothing is left to prune, a weight has NaN or Inf
+            (the layer is named), or the model has adapters of peft.
     """
+    refuse_adapters(model)
     embedded = {
         id(p)
         for m in model.modules()

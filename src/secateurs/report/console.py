@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateurs.report import numbers
-from secateurs.report.headline import ENGINES, facts
+from secateurs.report.headline import ENGINES, facts, noted
 
 MANY_CLASSES = 20
 """More classes than this are not listed."""
@@ -65,7 +65,7 @@ def _before_and_after(outcome: Mapping[str, Any]) -> Table:
         if timed["engine"] != "eager" and timed["ratio"] is not None:
             shown = [numbers.latency(timed[side]) for side in ("dense", "pruned")]
             speed = f"{numbers.factor(1 / timed['ratio'])} as fast"
-            _row(table, f"in {timed['engine']}", *shown, speed)
+            _row(table, f"in {timed['engine']}{noted(timed)}", *shown, speed)
     return table
 
 

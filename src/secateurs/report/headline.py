@@ -107,11 +107,16 @@ def headline(outcome: Mapping[str, Any]) -> list[str]:
     known = facts(outcome)
     first = f"{known.name} {_quality_clause(known)}{_weights_clause(known)}."
     others = [
-        f" In {row['engine']} it runs {_pace(1 / row['ratio'])}."
+        f" In {row['engine']}{noted(row)} it runs {_pace(1 / row['ratio'])}."
         for row in outcome["tables"].get(ENGINES, [])
         if row["engine"] != "eager" and row["ratio"]
     ]
     return [first, speed_sentence(known) + "".join(others)]
+
+
+def noted(row: Mapping[str, Any]) -> str:
+    """What an engine's row has to say beside its times, in brackets."""
+    return f" ({row['note']})" if row.get("note") else ""
 
 
 def _quality_clause(known: Facts) -> str:

@@ -668,7 +668,8 @@ def engines_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         "its time over the dense one's, the median of rounds in which both ran one after the "
         "other; below 1 is faster."
     )
-    reasons = [f" {row['engine']}: {row['failure']}." for row in rows if row["failure"]]
+    told = [(row["engine"], row["failure"] or row.get("note")) for row in rows]
+    reasons = [f" {engine}: {reason}." for engine, reason in told if reason]
     return Table(head, cells, "Promised and measured, by engine", caption + "".join(reasons))
 
 

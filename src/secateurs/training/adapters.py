@@ -183,10 +183,10 @@ def wrap(
     names: Iterable[str],
     kind: Kind = "mask-lora",
     rank: int | Mapping[str, int] = 16,
-    alpha: float = 32.0,
+    alpha: float | Mapping[str, float] = 32.0,
     *,
     masks: Mapping[str, Tensor] | None = None,
-    dropout: float = 0.0,
+    dropout: float | Mapping[str, float] = 0.0,
     outputs: bool = False,
     recompute: bool = False,
     seed: int = 0,
@@ -195,7 +195,7 @@ def wrap(
 
     Args:
         names: of the layers. A layer that stands in several places gets one adapter.
-        rank: of all, or by name.
+        rank, alpha, dropout: of all, or by name.
         masks: by the names of the weights, such as an outcome's; missing ones keep everything.
         seed: of A, by the position among the names.
 
@@ -217,17 +217,19 @@ def wrap(
         own = rank if isinstance(rank, int) else rank.get(name)
         if own is None:
             raise InputError("rank", described(f"none for {name}"), "a rank for every layer")
+        strength = alpha[name] if isinstance(alpha, Mapping) else alpha
+        dropped = dropout[name] if isinstance(dropout, Mapping) else dropout
         mask = (masks or {}).get(f"{name}.weight")
         if mask is not None and mask.shape != layer.weight.shape:
             shapes = tuple(mask.shape), f"the weight's shape {tuple(layer.weight.shape)}"
             raise InputError(f"masks {name}.weight", *shapes)
         made[name] = AdaptedLayer(
-            layer, kind, own, alpha, mask=mask, dropout=dropout, outputs=outputs,
+            layer, kind, own, strength, mask=mask, dropout=dropped, outputs=outputs,
             recompute=recompute, generator=torch.Generator().manual_seed(mix(seed, number)),
         )  # fmt: skip
     for adapter in made.values():
         _weight(adapter.base).requires_grad_(False)
-    _replace(model, {id(adapter.base): adapter for adapter in made.values()})
+    replace_layers(model, {id(adapter.base): adapter for adapter in made.values()})
     return made
 
 
@@ -278,7 +280,7 @@ def unwrap(model: nn.Module) -> None:
     found = adapters(model).values()
     for adapter in found:
         adapter.base.train(adapter.training)
-    _replace(model, {id(adapter): adapter.base for adapter in found})
+    replace_layers(model, {id(adapter): adapter.base for adapter in found})
 
 
 @contextmanager
@@ -350,7 +352,7 @@ def matrix_of(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
     return weight_matrices(layer, weight).flatten(0, 1)
 
 
-def _replace(model: nn.Module, others: Mapping[int, nn.Module]) -> None:
+def replace_layers(model: nn.Module, others: Mapping[int, nn.Module]) -> None:
     """Put other modules in the places of some, wherever those stand."""
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):

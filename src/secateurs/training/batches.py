@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Subset
 
 from secateurs.errors import InputError, described, require
@@ -33,55 +34,125 @@ def some_batches(task: Task, seed: int, count: int) -> list[Any]:
     return [b for b, _ in islice(batches_from(task.training_loader(), seed, 0), count)]
 
 
+def calibration_batches(
+    loader: DataLoader[Any],
+    samples: int,
+    size: int,
+    seed: int,
+    unpack: Split = split_batch,
+    *,
+    fewer: bool = False,
+) -> list[Any]:
+    """Inputs of the first `samples` of a loader under a seed, in batches of `size`.
+
+    They are collated anew, so batches may differ in shape (texts that are padded) and need not be
+    cut. Batches of a loader that has an order of its own are cut, and joined where they fit.
+
+    Args:
+        fewer: whether all that the loader has will do.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    if can_be_ordered(loader):
+        return [unpack(b)[0] for b in _collated(loader, samples, size, seed, fewer)]
+    given = (unpack(b)[0] for b in _epoch(loader, seed))
+    return _cut(given, samples, size, fewer)
+
+
 def calibration_inputs(
-    loader: DataLoader[Any], samples: int, seed: int, split: Split = split_batch
+    loader: DataLoader[Any], samples: int, seed: int, unpack: Split = split_batch
 ) -> Any:
     """Inputs of the first `samples` of a loader under a seed, as one batch.
 
     Fewer where the loader has fewer.
+
+    Raises:
+        InputError: batches of a loader that has an order of its own do not fit together.
     """
-    found: list[Any] = []
-    for batch, _ in islice(batches_from(loader, seed, 0), steps_per_epoch(loader)):
-        inputs, _ = split(batch)
-        found.append(inputs)
-        if sum(batch_size(i) for i in found) >= samples:
-            break
-    return head(joined(found), samples)
+    found = calibration_batches(loader, samples, samples, seed, unpack, fewer=True)
+    told = described("a loader of its own order, whose batches differ in shape")
+    require(len(found) == 1, "task.train", told, "a plain DataLoader, or batches of one shape")
+    return found[0]
 
 
 def labelled_batches(
     loader: DataLoader[Any], samples: int, size: int, seed: int, unpack: Split = split_batch
 ) -> list[Any]:
-    """The first `samples` of a loader under a seed with their labels, in batches of `size`.
-
-    They are collated anew, for not every batch can be cut (pairs of texts, the queries before the
-    documents). Batches of a loader that has an order of its own are cut.
+    """As `calibration_batches`, with the labels.
 
     Raises:
         InputError: there are fewer, or batches to be cut have not one label a row.
     """
     if can_be_ordered(loader):
-        there = sample_count(loader.dataset)
-        require(there >= samples, "samples", samples, f"at most {there}, all that the data has")
-        part = Subset(loader.dataset, first_indices(loader, samples, seed))
-        again: DataLoader[Any] = DataLoader(part, size, collate_fn=loader.collate_fn)
-        return [b for b, _ in islice(batches_from(again, seed, 0), len(again))]
-    whole = calibration_inputs(loader, samples, seed, lambda batch: (batch, None))
-    rows, labels = (batch_size(part) for part in unpack(whole))
-    told = described(f"a loader of its own order, {rows} rows and {labels} labels in a batch")
-    require(rows == labels, "task.train", told, "a label for every row, or a plain DataLoader")
-    return split(whole, samples, size)
+        return _collated(loader, samples, size, seed, fewer=False)
+
+    def checked() -> Iterator[Any]:
+        for batch in _epoch(loader, seed):
+            rows, labels = (batch_size(part) for part in unpack(batch))
+            told = described(
+                f"a loader of its own order, {rows} rows and {labels} labels in a batch"
+            )
+            accepted = "a label for every row, or a plain DataLoader"
+            require(rows == labels, "task.train", told, accepted)
+            yield batch
+
+    return _cut(checked(), samples, size, fewer=False)
 
 
-def split(inputs: Any, samples: int, size: int) -> list[Any]:
-    """Nested inputs in batches of `size`.
+def _collated(
+    loader: DataLoader[Any], samples: int, size: int, seed: int, fewer: bool
+) -> list[Any]:
+    """The first samples of a loader that can be ordered, by its own collation."""
+    there = sample_count(loader.dataset)
+    _check_enough(there, samples, fewer)
+    part = Subset(loader.dataset, first_indices(loader, min(samples, there), seed))
+    again: DataLoader[Any] = DataLoader(part, size, collate_fn=loader.collate_fn)
+    return [b for b, _ in islice(batches_from(again, seed, 0), len(again))]
 
-    Raises:
-        InputError: fewer than `samples`.
-    """
-    there = batch_size(inputs)
-    require(there >= samples, "samples", samples, f"at most {there}, all that the data has")
-    return [tail(head(inputs, start + size), start) for start in range(0, samples, size)]
+
+def _epoch(loader: DataLoader[Any], seed: int) -> Iterator[Any]:
+    """The batches of a loader, once."""
+    for batch, _ in islice(batches_from(loader, seed, 0), steps_per_epoch(loader)):
+        yield batch
+
+
+def _cut(batches: Iterable[Any], samples: int, size: int, fewer: bool) -> list[Any]:
+    """The first samples of some batches in others of `size`, or less where two do not fit."""
+    made: list[Any] = []
+    rest: Any = None
+    left = samples
+    for batch in batches:
+        batch = head(batch, left)
+        left -= batch_size(batch)
+        if rest is not None and _fit(rest, batch):
+            batch = joined([rest, batch])
+        elif rest is not None:
+            made.append(rest)
+        there = batch_size(batch)
+        whole = there - there % size
+        made += [tail(head(batch, start + size), start) for start in range(0, whole, size)]
+        rest = tail(batch, whole) if whole < there else None
+        if left == 0:
+            break
+    if rest is not None:
+        made.append(rest)
+    _check_enough(samples - left, samples, fewer)
+    return made
+
+
+def _fit(one: Any, other: Any) -> bool:
+    """Whether two batches are of the same shape but for their length."""
+    leaves = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    return all(
+        a.shape[1:] == b.shape[1:] if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        for a, b in leaves
+    )
+
+
+def _check_enough(there: int, samples: int, fewer: bool) -> None:
+    accepted = f"at most {there}, all that the data has"
+    require(fewer or there >= samples, "samples", samples, accepted)
 
 
 def tail(value: Any, start: int) -> Any:
@@ -154,7 +225,9 @@ def joined(batches: list[Any]) -> Any:
         return torch.cat(batches)
     if isinstance(first, Mapping):
         return {k: joined([b[k] for b in batches]) for k in first}
-    return type(first)(joined(list(parts)) for parts in zip(*batches, strict=True))
+    if isinstance(first, list | tuple):
+        return type(first)(joined(list(parts)) for parts in zip(*batches, strict=True))
+    return first
 
 
 def class_balanced(task: Task, seed: int, per_class: int, parts: int = 1) -> list[Any]:

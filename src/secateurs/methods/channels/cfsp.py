@@ -72,10 +72,12 @@ from secateurs.structure.cost import structure_cost
 from secateurs.structure.removal import promise_of, remove
 from secateurs.structure.trace import trace
 from secateurs.task import Task
-from secateurs.training.batches import calibration_inputs, split
+from secateurs.training.batches import calibration_batches
 from secateurs.workspace import Workspace
 
 Fine = Literal["act", "act-weight", "wanda", "magnitude", "relative-out", "random"]
+BLIND: tuple[Fine, ...] = ("magnitude", "random")
+"""Scores that look at no activation."""
 
 
 @register(
@@ -134,18 +136,19 @@ class CFSP(Pruner):
         training = model.training
         structure = Structure(trace(model, task.example_inputs))
         layers = self.layers(structure, model)
-        inputs = calibration_inputs(task.training_loader(), self.samples, seed, task.unpack)
-        inputs = to_device(inputs, device_of(model))
-        batches = split(inputs, self.samples, self.batch)
+        loader = task.training_loader()
+        batches = calibration_batches(loader, self.samples, self.batch, seed, task.unpack)
+        batches = to_device(batches, device_of(model))
         importance, moments = measure(model, batches, layers, self.metric)
+        layers, unseen = self._seen(model, layers, moments)
         widths = Widths(self, layers, importance)
         counts, promise = widths.within(budget, structure, task)
         if self.sequential:
-            kept = self._kept_in_order(structure, model, batches, layers, counts, seed)
+            kept = self._kept_in_order(structure, model, batches, layers, counts, moments, seed)
         else:
             scores = {x.name: self.scores(structure, x, moments, seed) for x in layers}
             kept = {n: largest(s, counts[n]) for n, s in scores.items()}
-        notes = self._notes(model, layers, moments, counts)
+        notes = [*self._notes(model, layers, counts), *unseen]
         outcome = Outcome(model=model, promise=promise, notes=notes)
         units = {x.group.axis: kept[x.name].numpy() for x in layers if counts[x.name] < x.size}
         remove(outcome, structure, Choice(units, 0, 0))
@@ -171,6 +174,26 @@ class CFSP(Pruner):
             require(self.round_to <= layer.size, "round_to", self.round_to, accepted)
         return found
 
+    def _seen(
+        self, model: nn.Module, layers: Sequence[FeedForward], moments: Mapping[str, Moments]
+    ) -> tuple[list[FeedForward], list[str]]:
+        """Layers of whose activations something is known, and a note on the others.
+
+        Raises:
+            InputError: there are others only.
+        """
+        if self.score in BLIND:
+            return list(layers), []
+        seen = [x for x in layers if any(n in moments for n in layer_names(x))]
+        unseen = [x.name for x in layers if x not in seen]
+        if not seen:
+            raise InputError(
+                "model", described(f"{type(model).__name__}, no activation of which was seen: "
+                + ", ".join(unseen)), f"feed-forward layers that are called, or score={BLIND[0]}",
+            )  # fmt: skip
+        why = "left whole, no calibration input was seen to reach what they are fed to"
+        return seen, [f"{why}: {', '.join(unseen)}"] if unseen else []
+
     def scores(
         self, structure: Structure, layer: FeedForward, moments: Mapping[str, Moments], seed: int
     ) -> Tensor:
@@ -189,15 +212,20 @@ class CFSP(Pruner):
         batches: Sequence[Any],
         layers: Sequence[FeedForward],
         counts: Mapping[str, int],
+        before: Mapping[str, Moments],
         seed: int,
     ) -> dict[str, Tensor]:
-        """Block by block, the neurons that go being silenced before the next is looked at."""
+        """Block by block, the neurons that go being silenced before the next is looked at.
+
+        Args:
+            before: moments in the dense model, for what a pruned one no longer reaches.
+        """
         kept: dict[str, Tensor] = {}
         for visit in walk(model, batches):
             own = [x for x in layers if x.block == visit.name]
             moments = visit.moments(fed(own), products=False)
             for layer in own:
-                scores = self.scores(structure, layer, moments, seed)
+                scores = self.scores(structure, layer, {**before, **moments}, seed)
                 kept[layer.name] = largest(scores, counts[layer.name])
                 silence(structure, layer, kept[layer.name])
         return kept
@@ -206,7 +234,6 @@ class CFSP(Pruner):
         self,
         model: nn.Module,
         layers: Sequence[FeedForward],
-        moments: Mapping[str, Moments],
         counts: Mapping[str, int],
     ) -> list[str]:
         total = sum(x.size for x in layers)
@@ -214,8 +241,6 @@ class CFSP(Pruner):
         narrowed = {x.block for x in layers}
         if whole := [name for name in find_blocks(model) if name not in narrowed]:
             notes.append("blocks without feed-forward neurons to remove: " + ", ".join(whole))
-        if unseen := [x.name for x in layers if not any(n in moments for n in layer_names(x))]:
-            notes.append("no calibration input reached " + ", ".join(unseen))
         return notes
 
 

@@ -16,7 +16,11 @@ the blocks and the last one are trained but not pruned.
 Which rows and columns a unit has is read from the traced model: query heads that share a key-value
 head go with it. The released code scores loss-scaled gradients, knows 32 heads of 128 only, and
 stops one update before its ramp reaches the ratio, so that it removes a unit too few; here the
-last update is at the ratio. The ratio is the least that meets the budget.
+last update is at the ratio. The ratio is the least that meets the budget. Ends are those of every
+encoder, decoder or tower.
+
+Of a `peft.PeftModel` the user's own LoRA goes on: its layers, ranks, scales, dropout, A and B; what
+has no adapter there is not looked at. The result is the smaller model with the adapters merged.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateurs.calibration.blocks import find_blocks, owner_of
+from secateurs.calibration.blocks import find_blocks, owner_of, sub_networks
 from secateurs.devices import device_of, to_device
 from secateurs.errors import InputError, described, require
 from secateurs.method import Procedure
@@ -50,6 +54,7 @@ from secateurs.structure.rewrite import difference
 from secateurs.structure.trace import trace
 from secateurs.task import Task
 from secateurs.training import adapters as low_rank
+from secateurs.training import peft_adapters
 from secateurs.training.adapters import AdaptedLayer
 from secateurs.training.keeping import StepHooks
 from secateurs.training.loop import fit_once, total_steps
@@ -57,7 +62,9 @@ from secateurs.workspace import Workspace
 
 Metric = Literal["lora", "grad", "magnitude", "random"]
 AGREE = 1e-3
-"""Relative difference of the removed from the masked model that is worth a note."""
+"""Relative difference of the removed from the masked model that is worth a note, in float32."""
+ROUNDINGS = 4
+"""In half precision it is so many roundings: merging rounds the weights once more."""
 
 
 @dataclass(frozen=True)
@@ -249,8 +256,9 @@ class LoRAPrune(Procedure):
     """Train LoRA and meanwhile mask, then remove, heads and neurons by its own gradients."""
 
     needs: ClassVar[tuple[str, ...]] = ("training", "inputs")
+    takes_adapters: ClassVar[bool] = True
 
-    rank: int = option(8, "of the adapters")
+    rank: int = option(8, "of the adapters; a peft model brings its own")
     alpha: float = option(16.0, "adapters are multiplied by alpha / rank")
     dropout: float = option(0.05, "of what the adapters are given")
     lr: float = option(1e-4, "learning rate of AdamW")
@@ -292,11 +300,12 @@ class LoRAPrune(Procedure):
         seed: int = 0,
         work: Workspace | None = None,
     ) -> Outcome:
+        model, own = peft_adapters.detach(model)
         prunable_parameters(model)  # refuses what has no weights, or NaN in them
         device = device_of(model)
         inputs = to_device(task.example_inputs, device)
         structure = Structure(trace(model, inputs))
-        names = adapted_layers(model)
+        names = list(own) or adapted_layers(model)
         units, notes = self.units(structure, model, names)
         cost = structure_cost(structure, budget, task.example_inputs)
         ratio, reached, before_last = least_ratio(structure, units, cost)
@@ -304,9 +313,13 @@ class LoRAPrune(Procedure):
         ramp = self.ramp(ratio, settings.steps or 0)
         with low_rank.frozen(model):
             layers = low_rank.wrap(
-                model, names, "lora", self.rank, self.alpha, dropout=self.dropout, outputs=True,
-                seed=seed,
+                model, names, "lora",
+                {n: lora.rank for n, lora in own.items()} or self.rank,
+                {n: lora.alpha for n, lora in own.items()} or self.alpha,
+                dropout={n: lora.dropout for n, lora in own.items()} or self.dropout,
+                outputs=True, seed=seed,
             )  # fmt: skip
+            peft_adapters.adopt(layers, own)
 
             def attach(_: nn.Module, optimizer: torch.optim.Optimizer, __: int) -> list[Pruning]:
                 return [Pruning(optimizer, layers, units, ramp, self.metric, self.decay, seed)]
@@ -325,10 +338,12 @@ class LoRAPrune(Procedure):
             if not bool(kept[u.name].all())
         }
         choice = Choice(chosen, reached, before_last)
+        if own:
+            notes.append(f"LoRA of peft on {len(own)} layers was trained on and merged")
         outcome = Outcome(model, notes=notes)
         remove(outcome, structure, choice)
         gap = difference(outputs_in_eval(outcome.model, task, inputs), expected)
-        if gap > AGREE:
+        if gap > max(AGREE, ROUNDINGS * torch.finfo(expected.dtype).eps):
             outcome.notes.append(
                 f"the model without the masked units differs from the masked one by {gap:.2g}: "
                 "what follows them does not leave zeros alone"
@@ -369,8 +384,7 @@ class LoRAPrune(Procedure):
             InputError: there are none that may go.
         """
         blocks = find_blocks(model)
-        order = {name: number for number, name in enumerate(blocks)}
-        first, last = int(self.protect_first * len(blocks)), len(blocks) - self.protect_last
+        whole = self.protected(model, blocks)
         found, notes = [], []
         for group in structure.free:
             if group.role not in ("head", "neuron"):
@@ -379,10 +393,7 @@ class LoRAPrune(Procedure):
             if reason := obstacle(group, members, names):
                 notes.append(f"{group.name} stays whole: {reason}")
                 continue
-            owners = {owner_of(m.layer, blocks) for m in members}
-            numbers = [order[o] for o in owners if o is not None]
-            # a model without a stack of blocks has no first and no last one
-            ends = len(blocks) > 1 and any(n < first or n >= last for n in numbers)
+            ends = any(owner_of(m.layer, blocks) in whole for m in members)
             found.append(Units(group.name, group.role, group.size, members, ends))
         found = [u for u in found if not shares_a_head(u, found)]
         if all(u.protected for u in found):
@@ -391,6 +402,20 @@ class LoRAPrune(Procedure):
                 "a model with heads or neurons in blocks between the first and the last",
             )  # fmt: skip
         return found, notes
+
+    def protected(self, model: nn.Module, blocks: Mapping[str, nn.Module]) -> set[str]:
+        """The first and last blocks of every encoder, decoder or tower.
+
+        A single block is neither the first nor the last one.
+        """
+        networks = sub_networks(model, blocks)
+        found: set[str] = set()
+        for network in set(networks.values()):
+            own = [block for block in blocks if networks[block] == network]
+            if len(own) > 1:
+                first, last = int(self.protect_first * len(own)), len(own) - self.protect_last
+                found.update(own[:first], own[max(0, last) :])
+        return found
 
 
 def adapted_layers(model: nn.Module) -> list[str]:

@@ -16,7 +16,8 @@ large deltas, a larger q is better (`secateurs.parts.rescaling`). It is found
 The paper's own advice: with small deltas DAREx-q; where the fine-tuning can be changed, AdamR
 (`secateurs.training.adamr`, ``optimizer=adamr``) and then DARE or DAREx; where deltas are large and
 the checkpoint is fixed, the largest entries, by |δ| or by |δ_ij| ‖x_j‖ (Wanda's score), not
-rescaled. LoRA: merge the adapter first, or see `secateurs.parts.deltas.low_rank_delta`.
+rescaled. Of a `peft.PeftModel` with LoRA the delta of a layer is scale · B A, not rounded to the
+weights' precision; the outcome's model is the merged one.
 
 Departures: the release tries q on one mask for ``validation``, here all trials average several.
 Buffers, such as batch-norm statistics, are never dropped. The release computes in half precision
@@ -28,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ from secateurs.parts.deltas import (
     Difference,
     Structure,
     difference,
+    same_bits,
     units_of,
 )
 from secateurs.parts.prunable import check_finite, matches_any, prunable_parameters
@@ -53,6 +55,8 @@ from secateurs.parts.rescaling import Grid
 from secateurs.registry import Paper, Tags, options_as_dict, register
 from secateurs.settings import option
 from secateurs.task import Task
+from secateurs.training import peft_adapters
+from secateurs.training.peft_adapters import Lora
 from secateurs.workspace import Workspace
 
 HEADS = ("classifier", "lm_head", r"^head\.", r"^fc\.", r"^score\.")
@@ -77,6 +81,8 @@ SIGMAS = 4
 @dataclass(frozen=True)
 class DareExtreme(Codec):
     """Keep a hundredth of what fine-tuning changed, at random and rescaled, or the largest."""
+
+    takes_adapters: ClassVar[bool] = True
 
     q: float | Literal["auto", "dare", "validation", "output", "analytic", "learned"] = option(
         "auto", "what survivors are divided by: a number, dare (1-p) or how it is found; "
@@ -153,10 +159,15 @@ class DareExtreme(Codec):
         seed: int = 0,
         work: Workspace | None = None,
     ) -> Outcome:
+        model, lora = peft_adapters.detach(model)
         prunable_parameters(model)  # refuses what has no weights, or NaN in them
         before = to_device(dict(base.state_dict()), device_of(model))
+        names = self._names(model)
+        exact = self._low_rank(model, lora, before)
+        peft_adapters.add(model, lora)
         tuned = model.state_dict()
-        found = difference(before, tuned, self._names(model))
+        found = difference(before, tuned, names)
+        found.values.update({n: delta for n, delta in exact.items() if n in names})
         require(bool(found.values), "model", described("weights that are all the base's"),
                 "a model that was fine-tuned from it")  # fmt: skip
         check_finite(found.values)
@@ -183,6 +194,18 @@ class DareExtreme(Codec):
             {"what": "the delta, a file", "bytes": delta.file_bytes},
         ]
         return outcome
+
+    def _low_rank(
+        self, model: nn.Module, lora: Mapping[str, Lora], before: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The deltas of adapters on layers that are the base's, where they are not all zero."""
+        found = {}
+        for name, own in lora.items():
+            weight, layer = f"{name}.weight", model.get_submodule(name)
+            delta = own.delta(layer)
+            if weight in before and same_bits(before[weight], layer.get_parameter("weight")):
+                found.update({weight: delta} if bool(delta.any()) else {})
+        return found
 
     def _names(self, model: nn.Module) -> set[str]:
         """Parameters that are dropped from, tied ones by their first name."""

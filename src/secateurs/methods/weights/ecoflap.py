@@ -28,7 +28,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, ClassVar, Literal, NamedTuple
 from zlib import crc32
 
@@ -36,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from secateurs.calibration.blocks import find_blocks, owner_of
+from secateurs.calibration.blocks import find_blocks, owner_of, sub_networks
 from secateurs.calibration.layerwise import LayerwisePruner
 from secateurs.devices import to_device
 from secateurs.errors import InputError, described, require
@@ -248,28 +247,6 @@ class ECoFLaP(Pruner):
             network = networks[block] if self.per_model else ""
             found[Group(network, names[self.group])].append(name)
         return found
-
-
-def sub_networks(model: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The sub-network (encoder, decoder, tower) of every block; "" where there is but one.
-
-    Sub-networks are the children of the smallest module that holds all blocks. If that is a
-    stack itself, or all of these children are (stages, one after the other), there is but one.
-    """
-    stacks = nn.ModuleList | nn.Sequential
-    levels = zip(*(name.split(".") for name in blocks), strict=False)
-    common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, levels)]
-    depth = len(common) + 1
-    found = {name: ".".join(name.split(".")[:depth]) for name in blocks}
-    children = [model.get_submodule(name) for name in dict.fromkeys(found.values())]
-    holder = model.get_submodule(".".join(common))
-    if (
-        len(children) == 1
-        or isinstance(holder, stacks)
-        or all(isinstance(c, stacks) for c in children)
-    ):
-        return dict.fromkeys(blocks, "")
-    return found
 
 
 def zeroth_order_scores(

@@ -66,8 +66,8 @@ from secateurs.parts.masks import Masks, named_parameters
 from secateurs.parts.patterns import Block
 from secateurs.registry import Paper, Tags, register
 from secateurs.settings import option
-from secateurs.task import Task, batch_size, logits_of
-from secateurs.training.batches import calibration_inputs, split
+from secateurs.task import Task, logits_of
+from secateurs.training.batches import calibration_batches
 from secateurs.training.distillation import distilled
 from secateurs.training.loop import own_randomness
 from secateurs.training.order import mix
@@ -307,8 +307,9 @@ class LPViT(Pruner):
         self, model: nn.Module, params: Mapping[str, nn.Parameter], task: Task, seed: int
     ) -> tuple[dict[str, LayerBlocks], list[str]]:
         """What the blocks of each layer hold, and the layers without a gradient."""
-        inputs = calibration_inputs(task.training_loader(), self.samples, seed, task.unpack)
-        batches = split(inputs, batch_size(inputs), self.batch)
+        batches = calibration_batches(
+            task.training_loader(), self.samples, self.batch, seed, task.unpack, fewer=True
+        )
         tiles, count = self.tiles(), 0
         means: dict[str, Tensor] = {}
         changes: dict[str, list[Tensor]] = {}

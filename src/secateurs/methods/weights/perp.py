@@ -14,7 +14,7 @@ the function. Two modes:
    reconstructed blocks before it give, and Y what the dense block makes of that same X. Needs
    inputs only; head and what is outside the blocks stay. A method that looks at one layer at a
    time prunes each block when its turn comes, on that X, as in the authors' code; what another
-   method pruned is reconstructed afterwards.
+   method pruned, or made smaller inside its blocks, is reconstructed afterwards.
 
 AdamW, linear warm-up over a tenth of the steps and linear decay to 0. The baseline, all weights
 trained under their masks, is ``recover="finetune"``; ``recover="lora"`` is the adapters alone. In
@@ -31,10 +31,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from secateurs.calibration.blocks import find_blocks, is_norm, owner_of
@@ -44,7 +45,7 @@ from secateurs.calibration.walk import Visit, walk
 from secateurs.devices import device_of, to_device
 from secateurs.errors import DivergedError, InputError, described, require
 from secateurs.method import Pruner, masked_outcome
-from secateurs.outcome import Outcome
+from secateurs.outcome import Outcome, check_output_folder
 from secateurs.parts.allocation import importance_ranks
 from secateurs.parts.budgets import Budget
 from secateurs.parts.masks import Masks, named_parameters
@@ -52,9 +53,10 @@ from secateurs.recovery import Recovery
 from secateurs.registry import Paper, Tags, create, register
 from secateurs.settings import TrainSettings, option
 from secateurs.state import model_state
+from secateurs.structure.trace import traceable
 from secateurs.task import Task
 from secateurs.training import adapters as low_rank
-from secateurs.training.batches import calibration_inputs, split
+from secateurs.training.batches import calibration_batches
 from secateurs.training.loop import fit_once, total_steps
 from secateurs.training.order import mix
 from secateurs.workspace import Workspace
@@ -108,6 +110,10 @@ class Perp(Pruner, Recovery):
     """Prune by another method, then train biases, norms and adapters that keep the zeros."""
 
     needs: ClassVar[tuple[str, ...]] = ("training",)
+
+    @property
+    def needs_dense(self) -> bool:
+        return self.mode == "reconstruct"
 
     pruner: str = option("magnitude", "the one-shot method that prunes")
     pruner_options: dict[str, Any] = option({}, "its hyper-parameters")
@@ -184,6 +190,7 @@ class Perp(Pruner, Recovery):
     ) -> Outcome:
         if task is None:
             raise InputError("task", None, "a Task: perp trains")
+        self._check_folder()
         inner, work = self.inner(), work or Workspace()
         in_turn = isinstance(inner, LayerwisePruner) and prunes_block_by_block(inner)
         if self.mode == "reconstruct" and in_turn:
@@ -207,22 +214,22 @@ class Perp(Pruner, Recovery):
         if self.mode == "retrain":
             self._retrain(outcome, task, seed, work)
             return
-        if dense is None or outcome.surgery:
-            why = "blocks of other shapes" if outcome.surgery else "no dense blocks to compare with"
-            raise InputError("mode", described(f"reconstruct with {why}"), "retrain")
-        pruned = model_state(outcome.model)
-        with torch.no_grad():
-            for name, tensor in block_tensors(outcome.model).items():
-                tensor.copy_(dense.state_dict()[name])
+        if dense is None:
+            why = (
+                "reconstruct, and no dense blocks to compare with: the method has trained the model"
+            )
+            raise InputError("mode", described(why), "retrain")
+        require(
+            not isinstance(outcome.model, fx.GraphModule), "mode",
+            described("reconstruct of a rewritten graph, which has no blocks"), "retrain",
+        )  # fmt: skip
         masks = outcome.masks
 
         def cut(visit: Visit) -> tuple[dict[str, Tensor], list[str]]:
-            own = visit.block.state_dict()
-            visit.block.load_state_dict({n: pruned[full_name(visit, n)] for n in own})
-            inside = {full_name(visit, n) for n in own}
+            inside = {full_name(visit, n) for n in visit.block.state_dict()}
             return {n: masks[n] for n in masks if n in inside}, []
 
-        self._reconstruct(outcome, cut, task, seed, work)
+        self._reconstruct(outcome, cut, task, seed, work, dense)
 
     def settings(self, task: Task) -> TrainSettings:
         """The training: AdamW with warm-up and linear decay."""
@@ -296,7 +303,13 @@ class Perp(Pruner, Recovery):
                 parameter.requires_grad_(True)
         return selection
 
+    def _check_folder(self) -> None:
+        """Raise `InputError` where adapters would overwrite something."""
+        if self.adapter_folder:
+            check_output_folder(Path(self.adapter_folder))
+
     def _retrain(self, outcome: Outcome, task: Task, seed: int, work: Workspace) -> None:
+        self._check_folder()
         model = outcome.model
         half = HALF.get(weight_dtype(model))
         settings = self.settings(task)
@@ -355,22 +368,43 @@ class Perp(Pruner, Recovery):
         return made
 
     def _reconstruct(
-        self, outcome: Outcome, cut: Cut, task: Task, seed: int, work: Workspace
+        self,
+        outcome: Outcome,
+        cut: Cut,
+        task: Task,
+        seed: int,
+        work: Workspace,
+        dense: nn.Module | None = None,
     ) -> dict[str, Tensor]:
-        """Prune and reconstruct the blocks of a model that is dense in them; all masks."""
+        """Reconstruct the blocks of a model; all masks.
+
+        Args:
+            dense: with the blocks to come near to; without it those of the model itself, which
+                `cut` then prunes.
+        """
         model = outcome.model
+        weights = outcome.rank_weights
         device = device_of(model)
-        inputs = calibration_inputs(task.training_loader(), self.samples, seed, task.unpack)
-        batches = to_device(split(inputs, self.samples, self.batch), device)
+        loader = task.training_loader()
+        batches = calibration_batches(loader, self.samples, self.batch, seed, task.unpack)
+        batches = to_device(batches, device)
+        blocks = {} if dense is None else same_blocks(model, dense, batches[:1])
         masks: dict[str, Tensor] = {}
         rows, notes = [], list(outcome.notes)
         parts: dict[str, int] = {}
         total = len(find_blocks(model))
-        with work.progress("perp: blocks", total) as advance, low_rank.frozen(model):
+        with (
+            work.progress("perp: blocks", total) as advance,
+            low_rank.frozen(model),
+            nullcontext() if dense is None else traceable(dense),
+        ):
             for visit in walk(model, batches):
+                [rank] = ranks_of([full_name(visit, "layer")], weights, self.rank).values()
 
-                def compute(visit: Visit = visit) -> dict[str, Any]:
-                    return self._block(visit, cut, task, mix(seed, visit.index))
+                def compute(visit: Visit = visit, rank: int = rank) -> dict[str, Any]:
+                    targets = targets_of(visit, blocks.get(visit.name, visit.block))
+                    own = replace(self, rank=rank)
+                    return own._block(visit, targets, cut, task, mix(seed, visit.index))
 
                 state = work.once(f"perp-block-{visit.index}", compute)
                 visit.block.load_state_dict(state["block"])
@@ -393,9 +427,10 @@ class Perp(Pruner, Recovery):
         outcome.tables[RECONSTRUCTED] = rows
         return masks
 
-    def _block(self, visit: Visit, cut: Cut, task: Task, seed: int) -> dict[str, Any]:
-        """Prune a block and bring its outputs back to what they were; its state."""
-        targets = [leading(output) for output in visit.run()]
+    def _block(
+        self, visit: Visit, targets: Sequence[Tensor], cut: Cut, task: Task, seed: int
+    ) -> dict[str, Any]:
+        """Prune a block and bring its outputs near to their targets; its state."""
         masks, notes = cut(visit)
         start = len(visit.name) + 1 if visit.name else 0
         own = {name[start:]: mask for name, mask in masks.items()}
@@ -494,12 +529,6 @@ def norms_of(model: nn.Module) -> Iterator[nn.Parameter]:
             yield from module.parameters(recurse=False)
 
 
-def block_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What of a model's state lies inside its blocks."""
-    blocks = find_blocks(model)
-    return {n: t for n, t in model.state_dict().items() if owner_of(n, blocks) is not None}
-
-
 def full_name(visit: Visit, name: str) -> str:
     """A name inside a block as the whole model has it."""
     return f"{visit.name}.{name}".strip(".")
@@ -536,6 +565,37 @@ def leading(output: Any) -> Tensor:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             return leaf
     raise InputError("block", described(type(output).__name__), "outputs with a tensor of numbers")
+
+
+@torch.no_grad()
+def targets_of(visit: Visit, block: nn.Module) -> list[Tensor]:
+    """What a block makes of the inputs of a visit."""
+    return [leading(block(*call.args, **call.kwargs)) for call in visit.calls]
+
+
+def same_blocks(model: nn.Module, dense: nn.Module, batches: Sequence[Any]) -> dict[str, nn.Module]:
+    """The dense blocks by the names of a smaller model's.
+
+    Raises:
+        InputError: what goes from block to block is not of the same shape in the two.
+    """
+    wanted, there = block_shapes(dense, batches), block_shapes(model, batches)
+    for name in there:
+        if there[name] != wanted.get(name):
+            told = f"reconstruct, but {name or 'the model'} takes or gives other shapes than before"
+            raise InputError("mode", described(told), "retrain, or removal inside of blocks only")
+    return {name: dense.get_submodule(name) for name in there}
+
+
+def block_shapes(model: nn.Module, batches: Sequence[Any]) -> dict[str, list[Any]]:
+    """Shapes of what every block takes and gives."""
+    found = {}
+    for visit in walk(model, batches):
+        seen = [(call.args, call.kwargs) for call in visit.calls]
+        found[visit.name] = [
+            leaf.shape for leaf in tree_leaves([seen, visit.run()]) if isinstance(leaf, Tensor)
+        ]
+    return found
 
 
 def difference(visit: Visit, place: int, target: Tensor, half: str | None) -> Tensor:
