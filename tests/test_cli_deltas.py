@@ -138,3 +138,18 @@ def test_a_benchmark_names_the_base_with_the_method(runs: Path) -> None:
     (cell,) = matrix.cells
     assert cell.stage.base == str(runs / "base")
     assert cell.stage.options == {"q": "dare"}
+
+
+def test_a_merge_that_is_killed_leaves_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    from secateurs.deploy import merged_folder
+
+    model = torch.nn.Linear(2, 2)
+
+    def die(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "save_pretrained", die, raising=False)
+    monkeypatch.setattr(merged_folder, "merge", lambda state, _: state)
+    with pytest.raises(KeyboardInterrupt):
+        merged_folder.save_merged(model, [], tmp_path / "out", {})
+    assert list(tmp_path.iterdir()) == []

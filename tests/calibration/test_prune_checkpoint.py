@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import secateurs as sc
 from secateurs.calibration import shards
+from secateurs.calibration.blocks import find_blocks, owner_of
+from secateurs.calibration.layerwise import UNREACHED
 from secateurs.calibration.moments import outputs_first
+from secateurs.calibration.prune_checkpoint import fingerprint
 from secateurs.calibration.shards import INDEX
 from secateurs.errors import InputError
 from secateurs.registry import create
@@ -85,20 +88,134 @@ def test_tied_embeddings_stand_in_the_files_once(tmp_path):
     assert torch.equal(read.lm_head.weight, dense.lm_head.weight)
 
 
-def test_an_encoder_decoder_goes_the_same_way(tmp_path):
-    from transformers import T5Config, T5ForConditionalGeneration
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+PICTURES = {**SIZES, "image_size": 16, "patch_size": 8}
+WORDS = {**SIZES, "vocab_size": 100}
 
-    sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4}
+
+def tiny(name):
+    """A model of every way in which files name tensors, and a batch of it."""
+    import transformers as tf
+
+    drawn = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 90, (2, 12), generator=drawn)
+    pixels = torch.randn(2, 3, 16, 16, generator=drawn)
+    both = {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
     torch.manual_seed(0)
-    model = T5ForConditionalGeneration(T5Config(**sizes, num_layers=2)).eval()
-    model.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
-    batches = [{"input_ids": b, "decoder_input_ids": b} for b in BATCHES]
-    sc.prune_checkpoint(tmp_path / "dense", tmp_path / "out", "wanda", "sparsity=0.5", batches)
-    chosen, same = create("wanda", {}), copy.deepcopy(model)
-    removals, _ = chosen.removals(chosen.prunable(same), chosen.accept("sparsity=0.5"))
-    chosen.apply(same, removals, batches)
-    read = T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
-    assert all(torch.equal(t, read.state_dict()[n]) for n, t in same.state_dict().items())
+    if name == "T5":
+        sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4}
+        return tf.T5ForConditionalGeneration(tf.T5Config(**sizes, num_layers=2)), both
+    if name == "GPT-2":
+        sizes = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+        return tf.GPT2LMHeadModel(tf.GPT2Config(**sizes)), {"input_ids": ids}
+    if name == "GPT-NeoX":
+        return tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**WORDS)), {"input_ids": ids}
+    if name == "BERT":
+        return tf.BertForMaskedLM(tf.BertConfig(**WORDS)), {"input_ids": ids}
+    if name == "ViT":
+        return tf.ViTForImageClassification(tf.ViTConfig(**PICTURES)), {"pixel_values": pixels}
+    if name == "Swin":
+        sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "window_size": 4}
+        config = tf.SwinConfig(**sizes, depths=[2, 2], num_heads=[2, 2])
+        return tf.SwinForImageClassification(config), {"pixel_values": pixels}
+    if name == "CLIP":
+        text = {**WORDS, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        config = tf.CLIPConfig(text_config=text, vision_config=PICTURES)
+        return tf.CLIPModel(config), {"input_ids": ids, "pixel_values": pixels}
+    if name == "DETR":
+        resnet = tf.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"]
+        )
+        side = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
+        sides = {f"{s}_{key}": n for s in ("encoder", "decoder") for key, n in side.items()}
+        config = tf.DetrConfig(backbone_config=resnet, d_model=32, num_queries=5, **sides)
+        return tf.DetrForObjectDetection(config), {"pixel_values": pixels}
+    text = tf.LlamaConfig(**WORDS, num_key_value_heads=2)
+    if name == "Llama":
+        return tf.LlamaForCausalLM(text), {"input_ids": ids}
+    if name == "LLaVA":
+        config = tf.LlavaConfig(
+            vision_config=tf.CLIPVisionConfig(**PICTURES), text_config=text,
+            image_token_index=99, vision_feature_layer=-1,
+        )  # fmt: skip
+        ids[:, 2:6] = 99
+        inputs = {"input_ids": ids, "pixel_values": pixels}
+        return tf.LlavaForConditionalGeneration(config), inputs
+    assert name == "Qwen2-VL"
+    rope = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    text = {**WORDS, "num_key_value_heads": 2, "rope_scaling": rope}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2}
+    sizes = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    tokens = {"image_token_id": 99, "vision_start_token_id": 97, "vision_end_token_id": 96}
+    config = tf.Qwen2VLConfig(text_config=text, vision_config={**vision, **sizes}, **tokens)
+    ids[:, 1], ids[:, 2:6] = 97, 99
+    patches = torch.randn(2 * 16, 3 * 2 * 16, generator=drawn)
+    inputs = {"input_ids": ids, "pixel_values": patches, "mm_token_type_ids": (ids == 99).long()}
+    grid = torch.tensor([[1, 4, 4]] * 2)
+    return tf.Qwen2VLForConditionalGeneration(config), {**inputs, "image_grid_thw": grid}
+
+
+def pruned_in_memory(model, batches, method, budget, **options):
+    chosen = create(method, options)
+    params = outputs_first(model, chosen.prunable(model))
+    removals, _ = chosen.removals(params, chosen.accept(budget))
+    chosen.apply(model, removals, batches)
+    return model.state_dict()
+
+
+def names_in(folder):
+    return {n for file in folder.glob("*.safetensors") for n in load_file(file)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Llama", "T5", "BERT", "GPT-2", "GPT-NeoX", "ViT", "Swin", "CLIP", "LLaVA", "Qwen2-VL",
+     "DETR"],
+)  # fmt: skip
+def test_every_architecture_goes_the_same_way(tmp_path, name):
+    """Under the names that transformers gives tensors in files, which are not always its own."""
+    model, inputs = tiny(name)
+    model.eval().save_pretrained(tmp_path / "dense", max_shard_size="100KB")
+    out = tmp_path / "out"
+    sc.prune_checkpoint(tmp_path / "dense", out, "wanda", "sparsity=0.5", [inputs])
+    wanted = pruned_in_memory(model, [inputs], "wanda", "sparsity=0.5")
+    read, info = type(model).from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    assert all(torch.equal(t, read.state_dict()[n]) for n, t in wanted.items())
+    assert names_in(out) == names_in(tmp_path / "dense")
+
+
+def test_names_of_older_files_stay_and_what_no_model_reads_is_carried_over(tmp_path):
+    """Files of a bare GPT-2 with its masks, read by the model with a head; BERT's gamma."""
+    model, inputs = tiny("GPT-2")
+    model.save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    tensors = {n.removeprefix("transformer."): t for n, t in load_file(file).items()}
+    mask = torch.ones(1, 1, 32, 32).tril()
+    tensors |= {"h.0.attn.bias": mask, "h.1.attn.bias": mask.clone()}
+    save_file(tensors, file, {"format": "pt"})
+    out = tmp_path / "out"
+    sc.prune_checkpoint(tmp_path / "dense", out, "wanda", "2:4", [inputs])
+    wanted = pruned_in_memory(model.eval(), [inputs], "wanda", "2:4")
+    read = type(model).from_pretrained(out).state_dict()
+    assert all(torch.equal(t, read[n]) for n, t in wanted.items())
+    assert names_in(out) == set(tensors)
+
+    model, inputs = tiny("BERT")
+    model.save_pretrained(tmp_path / "bert")
+    file = tmp_path / "bert" / "model.safetensors"
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = load_file(file)
+    for new, former in old.items():
+        tensors = {n.replace(new, former): t for n, t in tensors.items()}
+    save_file(tensors, file, {"format": "pt"})
+    sc.prune_checkpoint(tmp_path / "bert", tmp_path / "older", "magnitude", "2:4")
+    assert names_in(tmp_path / "older") == set(tensors)
 
 
 def mixture(name):
@@ -317,3 +434,123 @@ def test_the_command_line_does_the_same(dense, tmp_path):
     assert json.loads(told.stdout)["sparsity"] == 0.5
     down = reread(tmp_path / "out").model.layers[2].mlp.down_proj.weight
     assert torch.equal((down.reshape(-1, 4) != 0).sum(1), torch.full((down.numel() // 4,), 2))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_what_the_model_does_not_take_leaves_no_folder_behind(tmp_path, dense, method):
+    out = tmp_path / "out"
+    pixels, beyond = torch.rand(2, 16), BATCHES[0] + 90
+    if method == "magnitude":
+        sc.prune_checkpoint(dense, out, method, "2:4", [pixels])  # it does not look at them
+        return
+    for wrong in ([pixels], [beyond], [BATCHES[0], beyond], [{"ids": BATCHES[0]}]):
+        with pytest.raises(InputError, match=r"batches: got inputs on which LlamaForCausalLM fai"):
+            sc.prune_checkpoint(dense, out, method, "2:4", wrong)
+        assert not out.exists()
+    sc.prune_checkpoint(dense, out, method, "2:4", BATCHES)
+
+
+def test_what_a_later_tower_lacks_is_refused_before_the_first_is_pruned(tmp_path):
+    model, inputs = tiny("CLIP")
+    model.save_pretrained(tmp_path / "dense")
+    text = {"input_ids": inputs["input_ids"]}
+    with pytest.raises(InputError, match=r"inputs on which CLIPModel fails.*pixel_values"):
+        sc.prune_checkpoint(tmp_path / "dense", tmp_path / "out", "wanda", "2:4", [text])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_stops_before_its_first_block_leaves_no_folder_behind(
+    dense, tmp_path, monkeypatch
+):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(create("wanda", {})), "prune_block", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sc.prune_checkpoint(dense, tmp_path / "out", "wanda", "2:4", BATCHES)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_every_tensor_keeps_the_dtype_that_it_has_in_the_files(tmp_path, named):
+    """bfloat16 with norms in float32; the configuration says bfloat16, or nothing."""
+    model = small_llama().bfloat16()
+    model.save_pretrained(tmp_path / "dense")
+    file, config = tmp_path / "dense" / "model.safetensors", tmp_path / "dense" / "config.json"
+    tensors = load_file(file)
+    wide = {n: t.float() * 1.0001 for n, t in tensors.items() if "norm" in n or "up_proj" in n}
+    save_file(tensors | wide, file, {"format": "pt"})
+    said = json.loads(config.read_text())
+    assert said.pop("dtype") == "bfloat16"
+    if not named:
+        config.write_text(json.dumps(said))
+    sc.prune_checkpoint(tmp_path / "dense", tmp_path / "out", "wanda", "2:4", BATCHES)
+    out = {n: t for f in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(f).items()}
+    assert {n: t.dtype for n, t in out.items()} == {
+        n: torch.float32 if n in wide else torch.bfloat16 for n in tensors
+    }
+    for name, tensor in wide.items():
+        kept = out[name] != 0
+        assert torch.equal(out[name][kept], tensor[kept]), name
+        assert ("norm" in name) == bool(kept.all())
+    same = type(model).from_pretrained(tmp_path / "dense").eval()
+    wanted = pruned_in_memory(same, BATCHES, "wanda", "2:4")
+    read = type(model).from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(t, read[n]) for n, t in wanted.items())
+
+
+def test_other_keywords_are_another_run(dense, tmp_path):
+    ids, ones = BATCHES[0], torch.ones_like(BATCHES[0])
+    arguments = (dense, tmp_path / "out", "wanda", "2:4")
+    sc.prune_checkpoint(*arguments, [{"input_ids": ids, "attention_mask": ones}])
+    with pytest.raises(InputError, match="output folder: got a run with inputs"):
+        sc.prune_checkpoint(*arguments, [{"input_ids": ids, "position_ids": ones}])
+    sc.prune_checkpoint(*arguments, [{"attention_mask": ones, "input_ids": ids}])
+    same = fingerprint([{"x": torch.tensor(1)}])
+    assert same != fingerprint([{"y": torch.tensor(1)}])
+    assert same != fingerprint([{"x": torch.tensor(2)}])
+    assert fingerprint([{"x": True}]) != fingerprint([{"x": False}])
+
+
+@pytest.mark.parametrize("exclude", [(), ("vision",)])
+def test_text_alone_calibrates_the_language_model_of_two(tmp_path, exclude):
+    """The tower that it never reaches goes by magnitude, and is named; or stays out of it."""
+    model, inputs = tiny("LLaVA")
+    model.eval().save_pretrained(tmp_path / "dense")
+    text = [{"input_ids": inputs["input_ids"] % 90}]
+    arguments = ("wanda", "2:4", text)
+    told = sc.prune_checkpoint(tmp_path / "dense", tmp_path / "out", *arguments, exclude=exclude)
+    wanted = pruned_in_memory(copy.deepcopy(model), text, "wanda", "2:4", exclude=exclude)
+    read = type(model).from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(t, read[n]) for n, t in wanted.items())
+    towers = [n for n in find_blocks(model) if "vision" in n]
+    assert len(towers) == 2
+    by_magnitude = pruned_in_memory(copy.deepcopy(model), [], "magnitude", "2:4")
+    for name, tensor in wanted.items():
+        if owner_of(name, towers):
+            dense = model.state_dict()[name]
+            assert torch.equal(tensor, dense if exclude else by_magnitude[name]), name
+    assert told["notes"] == ([] if exclude else [f"{name}: {UNREACHED}" for name in towers])
+
+
+def test_a_block_that_is_never_reached_goes_by_magnitude_as_it_is_stored(tmp_path):
+    """GPT-2's weights stand as (inputs, outputs): groups of 2:4 are along the inputs still."""
+
+    class Skipping(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gpt = tiny("GPT-2")[0].eval()
+
+        def forward(self, ids):
+            blocks = self.gpt.transformer.h
+            self.gpt.transformer.h = blocks[:1]
+            try:
+                return self.gpt(ids)
+            finally:
+                self.gpt.transformer.h = blocks
+
+    wanted = pruned_in_memory(Skipping(), [], "magnitude", "2:4")
+    found = pruned_in_memory(Skipping(), [BATCHES[0]], "wanda", "2:4")
+    second = [n for n in wanted if ".h.1." in n]
+    assert second
+    assert all(torch.equal(found[n], wanted[n]) for n in second)

@@ -49,6 +49,19 @@ def test_a_model_without_weights_has_nothing_to_be_like():
         make_task("zoo:convnet", "noise")
 
 
+def test_a_model_that_noise_of_one_kind_does_not_feed_is_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes["num_attention_heads"] = 2
+    config = transformers.CLIPConfig(
+        text_config={**sizes, "vocab_size": 20, "eos_token_id": 2},
+        vision_config={**sizes, "image_size": 8, "patch_size": 4},
+    )
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
+    with pytest.raises(InputError, match=r"data: got noise; accepted: a data set: .*clip fails on"):
+        make_task(f"hf:{tmp_path / 'clip'}", "noise")
+
+
 def test_an_onnx_file_goes_in_and_a_smaller_one_comes_out(tmp_path):
     for name in ("onnx", "onnxruntime", "onnxscript", "onnx2torch"):
         pytest.importorskip(name)

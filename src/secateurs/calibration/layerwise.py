@@ -7,14 +7,16 @@ how the budget reaches them, the patterns, the walk. A layer's weight is taken a
 
 Experts of a mixture that are one parameter (`secateurs.parts.experts`) are pruned one by one, each
 as a linear layer with the same share, on the tokens that the router sent to it
-(`secateurs.calibration.experts`). One that got none is pruned by magnitude, and named.
+(`secateurs.calibration.experts`). One that got none is pruned by magnitude, and named; so is a
+block that no calibration input reaches, such as the vision tower of a model that is calibrated on
+text alone. What `exclude` leaves dense need not be reached.
 """
 
 from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -215,10 +217,10 @@ class LayerwisePruner(Pruner):
         """Prune the weights that `removals` names, in place, block by block."""
         masks: dict[str, Tensor] = {}
         notes: list[str] = []
-        work = work or Workspace()
-        total = len(find_blocks(model))
+        work, blocks = work or Workspace(), find_blocks(model)
+        total = len({owner_of(name, blocks) for name in removals})
         with work.progress(f"{self.name}: blocks", total) as advance:
-            for visit in self.visits(model, batches, weights):
+            for visit in self.visits(model, removals, batches, weights):
                 found, more = self.prune_block(visit, removals)
                 masks.update(found)
                 notes += more
@@ -227,17 +229,23 @@ class LayerwisePruner(Pruner):
         return {name: masks[name] for name in removals}, notes
 
     def visits(
-        self, model: nn.Module, batches: Sequence[Any], weights: Weights | None = None
+        self,
+        model: nn.Module,
+        removals: Collection[str],
+        batches: Sequence[Any],
+        weights: Weights | None = None,
     ) -> Iterator[Visit]:
-        """The blocks, with what they are fed where the method looks at it."""
-        if self.statistic != "none":
-            yield from walk(model, batches, weights=weights)
-            return
+        """The blocks with something to remove, with what they are fed where it is looked at."""
         blocks = find_blocks(model)
-        for index, (name, block) in enumerate(blocks.items()):
+        owners = {owner_of(name, blocks) for name in removals}
+        only = [name for name in blocks if name in owners]
+        if self.statistic != "none":
+            yield from walk(model, batches, only=only, unreached=True, weights=weights)
+            return
+        for index, name in enumerate(only):
             if weights is None or weights.wanted(name):
                 with weights.held(name) if weights is not None else nullcontext():
-                    yield Visit(name, index, len(blocks), block, ())
+                    yield Visit(name, index, len(only), blocks[name], ())
 
     def prune_block(
         self, visit: Visit, removals: Mapping[str, Removal]
@@ -255,22 +263,29 @@ class LayerwisePruner(Pruner):
             with watching(visit.block, experts, products=products) as fed:
                 seen = visit.moments(layers.values(), products=products)
         masks: dict[str, Tensor] = {}
-        notes = []
+        reached = self.statistic == "none" or bool(visit.calls)
+        notes = [] if reached else [f"{visit.name}: {UNREACHED}"]
         for name, parameter in own.items():
             if name in experts:
                 masks[name], note = self._prune_experts(
                     parameter, holders[name], removals[name], fed.pop(name, Fed())
                 )
-            elif (moments := seen.pop(layers[name], None)) or self.statistic == "none":
-                masks[name], note = self._prune_one(
-                    parameter, holders[name], removals[name], moments
-                )
             else:
-                note = UNREACHED
-                masks[name] = smallest_removed(parameter, removals[name])
-            if note:
+                masks[name], note = self._prune_one(
+                    parameter, holders[name], removals[name], seen.pop(layers[name], None)
+                )
+            if note and (reached or note != UNREACHED):
                 notes.append(f"{name}: {note}")
         return masks, notes
+
+    def _prune_matrices(
+        self, weight: Tensor, removal: Removal, moments: Moments | None, unfed: str = UNREACHED
+    ) -> Pruned:
+        """By the method, or by magnitude and with a note where it would need moments."""
+        if moments is not None or self.statistic == "none":
+            return self.prune_layer(weight, removal, moments)
+        mask = mask_of(weight.abs(), removal, "matrix")
+        return Pruned(weight * mask, mask, unfed)
 
     @torch.no_grad()
     def _prune_one(
@@ -286,11 +301,11 @@ class LayerwisePruner(Pruner):
             order = torch.arange(weight.shape[2], device=weight.device)
             order = order.view(parameter.shape[1], -1).t().reshape(-1)
             moments = None if moments is None else moments.in_order(order)
-            moved = self.prune_layer(weight[..., order], removal, moments)
+            moved = self._prune_matrices(weight[..., order], removal, moments)
             back = order.argsort()
             made = Pruned(moved.weight[..., back], moved.mask[..., back], moved.note)
         else:
-            made = self.prune_layer(weight, removal, moments)
+            made = self._prune_matrices(weight, removal, moments)
         parameter.copy_(weight_from_matrices(module, made.weight))
         return weight_from_matrices(module, made.mask), made.note
 
@@ -314,12 +329,7 @@ class LayerwisePruner(Pruner):
             share = left // (len(matrices) - number)  # what rounding to blocks left, evenly
             own = Removal(min(max(share, 0), matrix.numel()), removal.pattern)
             moments = fed.moments.pop(number, None)
-            weight = matrix[None].contiguous()
-            if moments is None and self.statistic != "none":
-                kept = mask_of(weight.abs(), own, "matrix")
-                made = Pruned(weight * kept, kept, unfed)
-            else:
-                made = self.prune_layer(weight, own, moments)
+            made = self._prune_matrices(matrix[None].contiguous(), own, moments, unfed)
             matrix.copy_(made.weight[0])
             own_masks[number] = made.mask[0]
             left -= int(made.mask.sum())
@@ -340,14 +350,6 @@ def _by_expert(told: Sequence[tuple[int, str]]) -> Iterator[str]:
         numbers = ", ".join(str(number) for number, _ in listed)
         differ = "" if len({note for _, note in listed}) == 1 else " (the first of them)"
         yield f"{'experts' if len(listed) > 1 else 'expert'} {numbers}: {listed[0][1]}{differ}"
-
-
-@torch.no_grad()
-def smallest_removed(parameter: nn.Parameter, removal: Removal) -> Tensor:
-    """Remove the smallest weights of a parameter in place; the mask."""
-    mask = mask_of(parameter.abs().flatten(1)[None], removal, "matrix").reshape(parameter.shape)
-    parameter.mul_(mask)
-    return mask
 
 
 def mask_of(scores: Tensor, removal: Removal, scope: Scope) -> Tensor:

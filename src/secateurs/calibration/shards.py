@@ -1,27 +1,30 @@
 """A checkpoint that stays on disk: safetensors shards in, pruned shards out.
 
 The model is made without memory for its weights; one block at a time is read, pruned, written
-to a shard of its own and forgotten. Modules outside of blocks (embeddings, the patch projection)
-hold their weights only while they run. A shard appears whole or not at all, so what is there is
-finished: a killed run goes on at the block it died in, and writes the same bytes. The index
-comes last; until then the folder is no checkpoint for anybody.
+to a shard of its own and forgotten. Tensors outside of blocks (embeddings, the patch projection)
+are read each time that the model's code asks for them. A shard appears whole or not at all, so
+what is there is finished: a killed run goes on at the block it died in, and writes the same
+bytes. The index comes last; until then the folder is no checkpoint for anybody.
 
 Tensors in the files are named as they were; where they are not those of the model's state dict,
 such as experts one by one, transformers' rules convert them (`secateurs.calibration.stored`). A
-tied one stands in the files once.
+tied one stands in the files once. Each keeps its dtype, whatever the model computes in.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
 import struct
-from collections import Counter, defaultdict
+import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,12 @@ from secateurs.state import write_json
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PROGRESS = ".progress"
 """Folder of what is told of finished blocks, until all are."""
+FLOATING = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 SHARD_BYTES = 1 << 29
 """Tensors outside of blocks are written in files of about so many bytes."""
 
@@ -50,6 +59,8 @@ class Stored:
     file: str
     shape: tuple[int, ...]
     bytes: int
+    dtype: str
+    """As safetensors call it."""
 
 
 class Checkpoint:
@@ -73,9 +84,19 @@ class Checkpoint:
             for name in names if names is not None else header:
                 if name not in header:
                     raise InputError(f"file {file}", described(f"no tensor {name}"), "the index's")
-                begin, end = header[name]["data_offsets"]
-                self.tensors[name] = Stored(file, tuple(header[name]["shape"]), end - begin)
+                entry = header[name]
+                begin, end = entry["data_offsets"]
+                shape = tuple(entry["shape"])
+                self.tensors[name] = Stored(file, shape, end - begin, entry["dtype"])
         self.identity = digest.hexdigest()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first floating tensor, in which transformers makes a model that says nothing."""
+        files = {stored.file: None for stored in self.tensors.values()}
+        with safetensors.safe_open(self.folder / min(files), framework="pt") as opened:
+            first = [self.tensors[n].dtype for n in opened.keys() if n in self.tensors]  # noqa: SIM118
+        return next((FLOATING[name] for name in first if name in FLOATING), torch.float32)
 
     def _files(self) -> dict[str, list[str] | None]:
         """Tensor names by file; None for all of a file."""
@@ -159,7 +180,6 @@ class OnDisk:
         self.conversion = Conversion(model, {n: t.shape for n, t in source.tensors.items()})
         self._names: dict[str, list[str]] = {}
         """Tensor of the model that is stored -> all names that the model has for it."""
-        self._uses: Counter[str] = Counter()
         self._check_names()
         self._parts: dict[str | None, list[Part]] = defaultdict(list)
         """Block, or None -> what is stored of it."""
@@ -198,17 +218,22 @@ class OnDisk:
             yield
         finally:
             self._release(block)
+            give_memory_back()
 
     def _load(self, block: str) -> None:
         parts = self._parts[block]
         names = [name for part in parts for name in part.stored]
         if self.wanted(block):
-            tensors = self.source.read(names)
-            check_finite({n: t for n, t in tensors.items() if t.is_floating_point()})
+            tensors = self._dense(names)
         else:
             with safetensors.safe_open(self.shard(block), framework="pt") as opened:
                 tensors = {n: opened.get_tensor(n).clone() for n in names}
         self._place(parts, tensors)
+
+    def _dense(self, names: Iterable[str]) -> dict[str, Tensor]:
+        tensors = self.source.read(names)
+        check_finite({n: t for n, t in tensors.items() if t.is_floating_point()})
+        return tensors
 
     def _release(self, block: str) -> None:
         self._forget(self._parts[block])
@@ -223,43 +248,41 @@ class OnDisk:
 
     @contextmanager
     def outside_on_demand(self) -> Iterator[None]:
-        """Modules outside of blocks hold their own tensors while they run, and only then."""
-        used: dict[str, list[Part]] = {}
+        """What is outside of blocks is read where the model's code asks for it, and not kept."""
+        read: dict[str, dict[str, Callable[[], Tensor]]] = defaultdict(dict)
         for part in self._parts[None]:
-            names = [name for own in part.own for name in self._names.get(own, [own])]
-            for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
-                used.setdefault(path, []).append(part)
-        with ExitStack() as hooks:
-            for path, parts in used.items():
-                module = self.model.get_submodule(path)
-                before = module.register_forward_pre_hook(self._loading(parts))
-                after = module.register_forward_hook(self._releasing(parts), always_call=True)
-                hooks.callback(before.remove)
-                hooks.callback(after.remove)
+            for own in part.own:
+                for name in self._names.get(own, [own]):
+                    path, _, local = name.rpartition(".")
+                    read[path][local] = partial(self._outside, part, own)
+        with ExitStack() as undo:
+            for path, readers in read.items():
+                module: Any = self.model.get_submodule(path)
+                for held in ("_parameters", "_buffers"):
+                    undo.callback(setattr, module, held, getattr(module, held))
+                    setattr(module, held, _OnDemand(getattr(module, held), readers))
             yield
 
-    def _loading(self, parts: Sequence[Part]) -> Callable[..., None]:
-        def load(*_: Any) -> None:
-            missing = [part for part in parts if self._uses[part.own[0]] == 0]
-            names = [name for part in missing for name in part.stored]
-            self._place(missing, self.source.read(names))
-            self._uses.update(part.own[0] for part in parts)
-
-        return load
-
-    def _releasing(self, parts: Sequence[Part]) -> Callable[..., None]:
-        def release(*_: Any) -> None:
-            self._uses.subtract(part.own[0] for part in parts)
-            self._forget(part for part in parts if self._uses[part.own[0]] == 0)
-
-        return release
+    def _outside(self, part: Part, own: str) -> Tensor:
+        return self.conversion.read([part], self.source.read(part.stored))[own]
 
     def write(self, block: str, told: Mapping[str, Any]) -> None:
         """Write the tensors of a block that is held, and what is told of it."""
-        write_json(self._told(block), told)  # before the shard, which says that it is finished
         parts = self._parts[block]
         own = {n: tensor_of(self.model, n).detach() for part in parts for n in part.own}
         stored = self.conversion.write(parts, own)
+        for name, tensor in stored.items():
+            if tensor.dtype != FLOATING.get(self.source.tensors[name].dtype, tensor.dtype):
+                stored[name] = _in_dtype_of(self.source.read([name])[name], tensor)
+        self._finish(block, stored, told)
+
+    def copy(self, block: str) -> None:
+        """Write the tensors of a block as they are."""
+        names = [name for part in self._parts[block] for name in part.stored]
+        self._finish(block, self._dense(names), {"kept": {}, "notes": []})
+
+    def _finish(self, block: str, stored: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
+        write_json(self._told(block), told)  # before the shard, which says that it is finished
         # a file holds no views: experts of one array are copied
         write_shard(self.shard(block), {n: _own_memory(t) for n, t in stored.items()})
 
@@ -288,13 +311,18 @@ class OnDisk:
         for path in sorted(self.source.folder.iterdir()):
             if path.is_file() and path.suffix != ".safetensors" and path.name != INDEX:
                 shutil.copyfile(path, self.target / path.name)
-        size = sum(stored.bytes for stored in self.source.tensors.values())
-        write_json(self.target / INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
+        told = {
+            "total_size": sum(stored.bytes for stored in self.source.tensors.values()),
+            # for transformers, where the configuration does not say it and the files have several
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+        }
+        write_json(self.target / INDEX, {"metadata": told, "weight_map": placed})
 
     def _outside_parts(self) -> Iterator[list[str]]:
         part: list[str] = []
         size = 0
-        for name in (name for outside in self._parts[None] for name in outside.stored):
+        outside = [name for part in self._parts[None] for name in part.stored]
+        for name in (*outside, *self.conversion.ignored):
             length = self.source.tensors[name].bytes
             if part and size + length > SHARD_BYTES:
                 yield part
@@ -305,6 +333,26 @@ class OnDisk:
             yield part
 
 
+class _OnDemand(dict[str, Any]):
+    """Parameters or buffers of a module, of which some are read anew for every look at them.
+
+    Not every module that has some is called: DETR takes the weight of its embedding of queries.
+    Who goes through them sees those without memory.
+    """
+
+    def __init__(self, own: Mapping[str, Any], read: Mapping[str, Callable[[], Tensor]]) -> None:
+        super().__init__(own)
+        self.read = read
+
+    def __getitem__(self, local: str) -> Any:
+        there = super().__getitem__(local)
+        if there is None or local not in self.read:
+            return there
+        tensor = self.read[local]().to(there.dtype)
+        parameter = isinstance(there, nn.Parameter)
+        return nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+
+
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file under another name, flush it to the disk, rename it."""
     partial = path.with_name(f".{path.name}.partial")
@@ -313,6 +361,23 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def give_memory_back() -> None:
+    """Have the C library return what is free to the system.
+
+    glibc keeps freed tensors of some MB and goes on beside them: 24 blocks of 16 MB, of which one
+    was held at a time, took 366 MB; with this they take 62.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not of musl
+        if trim is not None:
+            trim(0)
+
+
+def _in_dtype_of(dense: Tensor, pruned: Tensor) -> Tensor:
+    """A pruned tensor in the dtype of the dense one; what did not change is not rounded."""
+    return torch.where(pruned == dense.to(pruned.dtype), dense, pruned.to(dense.dtype))
 
 
 def _own_memory(tensor: Tensor) -> Tensor:

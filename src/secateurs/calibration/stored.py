@@ -8,6 +8,7 @@ in the model as one array. What goes together is a `Part`; transformers' own rul
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,10 @@ class Conversion:
         model: its parameters may be on the meta device.
         shapes: of the stored tensors.
 
+    Attributes:
+        ignored: stored tensors of which transformers knows that the model has no use for them,
+            such as inverse frequencies, or layers that predict further tokens.
+
     Raises:
         InputError: stored tensors that the model does not have, of other shapes, or that could
             not be written back as they are stored; all name the tensor.
@@ -48,6 +53,7 @@ class Conversion:
 
     def __init__(self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.model = model
+        self.ignored: tuple[str, ...] = ()
         self._rules: dict[str, Any] = {}
         state = model.state_dict()
         empty = {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}
@@ -61,7 +67,7 @@ class Conversion:
             require(own == shape, f"checkpoint {name}", described(f"shape {shape}"), f"{own}")
         back = {n: tuple(t.shape) for n, t in self.write(self.parts, made).items()}
         for name, shape in shapes.items():
-            if back.get(name) != shape:
+            if back.get(name) != shape and name not in self.ignored:
                 ways = "tensors that transformers writes by the names by which it reads them"
                 raise InputError("checkpoint", name, ways)
 
@@ -80,6 +86,9 @@ class Conversion:
             )
             if own not in state and name in state:
                 own, pattern = name, None
+            if own not in state and ignored(model, own):
+                self.ignored += (name,)
+                continue
             require(own in state, "checkpoint", name, "tensors that the model has")
             together.setdefault(own, []).append((name, pattern))
         model._weight_conversions = [rule for rule in rules if rule.was_used()]  # to be reverted
@@ -137,3 +146,10 @@ class Conversion:
             loading = library("transformers.core_model_loading", "hf")
             made |= loading.revert_weight_conversion(self.model, converted)
         return made
+
+
+def ignored(model: Any, name: str) -> bool:
+    """Whether transformers passes over a tensor in the files that the model does not have."""
+    patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    # buffers that once were stored
+    return any(re.search(p, name) for p in (*patterns, r"rotary_emb\.inv_freq", r"position_ids$"))

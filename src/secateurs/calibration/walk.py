@@ -11,7 +11,7 @@ gives. Memory: the activations of all batches at one block. Weights may be anywh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -58,7 +58,7 @@ class Visit:
         name: qualified; "" where the whole model is the block.
         index, total: its number among those visited, from 0, and the number of blocks.
         block: the module, to be changed in place.
-        calls: what it gets, a call a batch.
+        calls: what it gets, a call a batch; none where no batch reaches it.
     """
 
     name: str
@@ -104,8 +104,10 @@ def walk(
     batches: Sequence[Any],
     *,
     blocks: Mapping[str, nn.Module] | None = None,
+    only: Collection[str] | None = None,
+    unreached: bool = False,
     weights: Weights | None = None,
-) -> Iterator[Visit]:
+) -> Generator[Visit]:
     """Visit every block in the order of execution.
 
     The model is in eval mode, without caches and gradients, until the iterator is closed.
@@ -114,10 +116,13 @@ def walk(
         batches: inputs as the model takes them: a tensor, a tuple, or a mapping of keywords; they
             are moved to where the model is.
         blocks: where to stop; `find_blocks` by default.
+        only: the blocks to visit, all by default; others are only run.
+        unreached: whether blocks that no batch reaches are visited at the end, without calls.
         weights: of a model that is larger than memory.
 
     Raises:
-        InputError: no batch, or batches that reach the blocks in different orders.
+        InputError: no batch, batches that reach the blocks in different orders, or, unless
+            `unreached`, that never reach one.
     """
     if not batches:
         raise InputError("batches", described("none"), "at least one batch of inputs")
@@ -130,7 +135,8 @@ def walk(
             calls = [BlockCall("", *as_call(to_device(b, device))) for b in batches]
             yield Visit("", 0, 1, model, calls)
         return
-    left = {name for name in blocks if weights.wanted(name)}
+    asked = [name for name in blocks if only is None or name in only]
+    left = {name for name in asked if weights.wanted(name)}
     visited = 0
     with traceable(model), halting(blocks) as forwards:
         forwards += [Forward(partial(_called, model, b, device)) for b in batches]
@@ -141,7 +147,7 @@ def walk(
             with weights.held(name):
                 if name in left:
                     calls = [f.call for f in forwards if f.call is not None]
-                    visit = Visit(name, visited, len(blocks), block, calls)
+                    visit = Visit(name, visited, len(asked), block, calls)
                     del calls
                     yield visit
                     visit.calls = ()
@@ -149,9 +155,13 @@ def walk(
                     visited += 1
                 if left:
                     _pass_on(forwards, block)
-    if left:
-        missed = ", ".join(sorted(left))
-        raise InputError("batches", described(f"batches that never reach {missed}"), "all blocks")
+    missed = [name for name in asked if name in left]
+    if missed and not unreached:
+        shown = described(f"batches that never reach {', '.join(missed)}")
+        raise InputError("batches", shown, "all blocks")
+    for number, name in enumerate(missed, start=visited):
+        with weights.held(name):
+            yield Visit(name, number, len(asked), blocks[name], ())
 
 
 def _called(model: nn.Module, batch: Any, device: torch.device) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ def save_merged(
 ) -> Path:
     """Merge deltas into a base, and write what comes out.
 
-    A folder as `secateurs.save` writes it, whose path is a model's name from then on. A model of
-    transformers is also a folder ``transformers``, for plain `from_pretrained`; where the deltas
-    add tokens to it there are that folder and the weights.
+    The folder appears whole or not at all. It is one as `secateurs.save` writes it, whose path is
+    a model's name from then on. A model of transformers is also a folder ``transformers``, for
+    plain `from_pretrained`; where the deltas add tokens to it there are that folder and the
+    weights.
 
     Args:
         base: the module; it takes the merged weights.
@@ -40,14 +43,22 @@ def save_merged(
     state = merge(base.state_dict(), deltas)
     grown = _with_added_tokens(base, state)
     load_weights(base, state)
-    if grown:
-        target.mkdir(exist_ok=True)
-        write_tensors(target / WEIGHTS, state, {"format": "pt"})
-    else:
-        save(Outcome(base.eval(), source=source), target)
-    if hasattr(base, "save_pretrained"):
-        hub: Any = base
-        hub.save_pretrained(target / "transformers")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if grown:
+            partial.mkdir()
+            write_tensors(partial / WEIGHTS, state, {"format": "pt"})
+        else:
+            save(Outcome(base.eval(), source=source), partial)
+        if hasattr(base, "save_pretrained"):
+            hub: Any = base
+            hub.save_pretrained(partial / "transformers")
+        if target.exists():
+            target.rmdir()
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 

@@ -38,6 +38,7 @@ from secateurs.state import write_bytes, write_json
 from secateurs.task import Task
 from secateurs.training.loop import fit_once
 from secateurs.workspace import EventLog, Listener, Workspace, read_events
+from secateurs.zoo.pretrained import companions
 from secateurs.zoo.specs import parse_spec
 
 RECIPE, EVENTS, ENVIRONMENT, REPORT = (
@@ -158,14 +159,16 @@ class Run:
 
     def _save_for_transformers(self, outcome: Outcome, work: Workspace) -> None:
         """A folder for `from_pretrained`, where a configuration can have the model's shape."""
-        if not hasattr(outcome.model, "save_pretrained"):
-            return
-        from secateurs.deploy.transformers_folder import save_pretrained
+        from secateurs.deploy.transformers_folder import save_pretrained, transformers_model
 
+        if transformers_model(outcome.model) is None:
+            return
         folder = self.folder / "transformers"
         shutil.rmtree(folder, ignore_errors=True)
         try:
             save_pretrained(outcome, folder, self.recipe.make_task().example_inputs)
+            for file in companions(self.recipe.model):
+                shutil.copyfile(file, folder / file.name)
         except InputError as reason:
             outcome.notes.append(f"no folder for transformers: {reason}")
             work.event("transformers", reason=str(reason))

