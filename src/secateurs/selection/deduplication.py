@@ -54,6 +54,10 @@ READ_BYTES = 1 << 27
 """Embeddings that are held at once."""
 
 
+STEP = "duplicates"
+"""A group of clusters whose rows were compared."""
+
+
 @dataclass(frozen=True)
 class Duplicates:
     """What was found.
@@ -139,36 +143,35 @@ def find_duplicates(
     groups = consecutive_groups(sizes, GROUP_ROWS)
     with scratch(work) as folder:
         grouped = GroupedRows(source, cluster, folder)
-        steps = [f"group-{number:05}" for number in range(len(groups))]
-        if not all(work.has(step) for step in steps):
+        if not all(work.has(f"{STEP}-{number:05}") for number in range(len(groups))):
             grouped.write(work)
-        found = [np.zeros(shard.rows, bool) for shard in source.shards]
-        pairs: list[tuple[int, int, float]] = []
-        with work.progress("duplicates", clusters) as advance:
-            for step, (first, last) in zip(steps, groups, strict=True):
-                own = range(first, last)
-                compare = partial(_compared, grouped, own, assigned, epsilon, keep, piece, seed)
-                done = work.once(step, compare)
-                rows = done["rows"].numpy()
-                shard = np.searchsorted(source.offsets, rows, side="right") - 1
-                for number in np.unique(shard):
-                    found[number][rows[shard == number] - source.offsets[number]] = True
-                pairs += [tuple(pair) for pair in done["pairs"]]
-                advance(last)
+        distance = [part["distance"].numpy() for part in assigned]
+        compare = partial(_compared, grouped, groups, distance, epsilon, keep, piece, seed)
+        done = source.each(work, STEP, compare, len(groups))
+    found = [np.zeros(shard.rows, bool) for shard in source.shards]
+    pairs: list[tuple[int, int, float]] = []
+    for answer in done:
+        rows = answer["rows"].numpy()
+        shard = np.searchsorted(source.offsets, rows, side="right") - 1
+        for number in np.unique(shard):
+            found[number][rows[shard == number] - source.offsets[number]] = True
+        pairs += [tuple(pair) for pair in answer["pairs"]]
     return Duplicates(found, pairs[:SHOWN], int((sizes > piece).sum()))
 
 
 def _compared(
     grouped: GroupedRows,
-    clusters: range,
-    assigned: Sequence[Tree],
+    groups: Sequence[tuple[int, int]],
+    distances: Sequence[Array],
     epsilon: float,
     keep: Order,
     piece: int,
     seed: int,
+    group: int,
 ) -> Tree:
-    """Duplicates among the rows of some clusters, and examples of them."""
-    numbers, cluster, distance, names = _narrow(grouped, clusters, assigned)
+    """Duplicates among the rows of the clusters of a group, and examples of them."""
+    clusters = range(*groups[group])
+    numbers, cluster, distance, names = _narrow(grouped, clusters, distances)
     if keep == "random":
         distance = hashed(names, seed).astype(np.float64)
     order = np.lexsort((names, distance if keep == "easy" else -distance, cluster))
@@ -198,14 +201,14 @@ def _compared(
 
 
 def _narrow(
-    grouped: GroupedRows, clusters: range, assigned: Sequence[Tree]
+    grouped: GroupedRows, clusters: range, distances: Sequence[Array]
 ) -> tuple[Array, Array, Array, Array]:
     """Numbers over all shards, clusters, distances and ids of the rows of some clusters."""
     parts = []
     for number, own in enumerate(grouped.groups):
         rows = np.flatnonzero((own >= clusters.start) & (own < clusters.stop))
         if rows.size or not number:
-            distance = assigned[number]["distance"].numpy()[rows].astype(np.float64)
+            distance = distances[number][rows].astype(np.float64)
             ids = grouped.source.ids_of(number)[rows]
             parts.append((rows + grouped.source.offsets[number], own[rows], distance, ids))
     numbers, cluster, distance, ids = (np.concatenate(c) for c in zip(*parts, strict=True))

@@ -378,7 +378,13 @@ class Embeddings:
                 require(one not in seen, "ids", one, "every id once")
                 seen.add(one)
 
-    def each(self, work: Workspace, name: str, compute: Callable[[int], Tree]) -> list[Tree]:
+    def each(
+        self,
+        work: Workspace,
+        name: str,
+        compute: Callable[[int], Tree],
+        count: int | None = None,
+    ) -> list[Tree]:
         """`compute` of the number of every shard, in order; what is finished is read.
 
         It is done on the cluster where there is one.
@@ -386,9 +392,11 @@ class Embeddings:
         Args:
             name: of the step; the answers are kept as ``NAME-00000`` and so on.
             compute: a shard's number to a tree (see `secateurs.state`).
+            count: of numbers, where they are not those of the shards.
         """
-        missing = [n for n in range(len(self.shards)) if not work.has(f"{name}-{n:05}")]
-        with work.progress(name, len(self.shards)) as advance:
+        numbers = range(len(self.shards) if count is None else count)
+        missing = [n for n in numbers if not work.has(f"{name}-{n:05}")]
+        with work.progress(name, len(numbers)) as advance:
             made: Iterator[Tree]
             if self.ray is not None:
                 from secateurs.selection.ray_stages import computed_on_ray
@@ -397,7 +405,7 @@ class Embeddings:
             else:
                 made = (compute(number) for number in missing)
             answers = []
-            for number in range(len(self.shards)):
+            for number in numbers:
                 answers.append(work.once(f"{name}-{number:05}", lambda: next(made)))
                 advance(number + 1)
         return answers

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateurs.errors import require
 from secateurs.selection.embeddings import BLOCK_ROWS, Array, Embeddings, unit_rows
+from secateurs.state import Tree
 from secateurs.workspace import Workspace
 
 GROUP_ROWS = 1 << 17
@@ -36,7 +38,7 @@ def consecutive_groups(sizes: Array, rows: int) -> list[tuple[int, int]]:
 def scratch(work: Workspace) -> Iterator[Path]:
     """A folder for grouped rows; it goes when all is done, and stays for who was killed."""
     if work.folder is not None:
-        folder = work.folder / "grouped"
+        folder = (work.folder / "grouped").absolute()
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
         for file in folder.iterdir():
@@ -68,22 +70,24 @@ class GroupedRows:
             self.places.append(place)
 
     def write(self, work: Workspace) -> None:
-        """Write what is not there."""
-        with work.progress("grouped", len(self.source.shards)) as advance:
-            for number, shard in enumerate(self.source.shards):
-                path, first = self._path(number), 0
-                grouped: Array | None = None
-                for block in () if path.exists() else shard.blocks(BLOCK_ROWS):
-                    if grouped is None:
-                        grouped = np.empty((shard.rows, shard.width), block.dtype)
-                    grouped[self.places[number][first : first + len(block)]] = block
-                    first += len(block)
-                if grouped is not None:
-                    partial = path.with_suffix(".partial")
-                    with open(partial, "wb") as file:
-                        np.save(file, grouped)
-                    os.replace(partial, path)
-                advance(number + 1)
+        """Write what is not there; the nodes of a cluster do, into a folder that all find."""
+        self.source.each(replace(work, folder=None), "grouped", self._write_shard)
+
+    def _write_shard(self, number: int) -> Tree:
+        shard, path, first = self.source.shards[number], self._path(number), 0
+        grouped: Array | None = None
+        for block in () if path.exists() else shard.blocks(BLOCK_ROWS):
+            if grouped is None:
+                grouped = np.empty((shard.rows, shard.width), block.dtype)
+            grouped[self.places[number][first : first + len(block)]] = block
+            first += len(block)
+        if grouped is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            with open(partial, "wb") as file:
+                np.save(file, grouped)
+            os.replace(partial, path)
+        return {}
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05}.npy"
@@ -111,7 +115,10 @@ class GroupedRows:
         for number in np.unique(shards):
             own = np.flatnonzero(shards == number)
             places = self.places[number][numbers[own] - self.source.offsets[number]]
-            stored = np.load(self._path(number), mmap_mode="r")
+            path = self._path(number)
+            told = "a folder that every node of the cluster finds"
+            require(path.exists(), "work", str(self.folder), told)
+            stored = np.load(path, mmap_mode="r")
             read = torch.from_numpy(stored[places])
             found[torch.from_numpy(own)] = unit_rows(read) if unit else read.float()
             del stored  # or its pages would count as this process's memory
