@@ -272,6 +272,7 @@ def test_experts_that_are_one_array_in_the_files_stay_so(tmp_path):
     assert bool(((down != 0).unflatten(2, (-1, 4)).sum(-1) == 2).all())
 
 
+@pytest.mark.slow
 def test_experts_go_on_where_a_run_died(tmp_path, monkeypatch):
     mixture("Mixtral").save_pretrained(tmp_path / "dense")
     arguments = ("wanda", "2:4", BATCHES)
@@ -342,7 +343,8 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "shards_before", [0, pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW)]
+    "shards_before",
+    [pytest.param(0, marks=SLOW), pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW)],
 )
 def test_killed_at_any_block_it_goes_on_and_writes_the_same_bytes(dense, tmp_path, shards_before):
     sc.prune_checkpoint(dense, tmp_path / "whole", "wanda", "2:4", BATCHES)

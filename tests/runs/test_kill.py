@@ -150,15 +150,18 @@ def assert_same(one, two) -> None:
         assert tensor.equal(two[1][name]), name
 
 
-def test_a_run_killed_at_20_moments_ends_the_same(trials: Trials, tmp_path: Path) -> None:
+@pytest.mark.parametrize("total", [8, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_many_moments_ends_the_same(
+    trials: Trials, tmp_path: Path, total: int
+) -> None:
     seconds = finish(trials, "run", RECIPE, tmp_path / "whole")
     whole = run_result(tmp_path / "whole")
     chance = random.Random(0)
     kills, folder = 0, 0
-    while kills < 20:
+    while kills < total:
         folder += 1
         target = tmp_path / f"killed-{folder}"
-        while kills < 20 and kill_after(
+        while kills < total and kill_after(
             trials, "run", RECIPE, target, chance.uniform(0, 0.6 * seconds)
         ):
             kills += 1
