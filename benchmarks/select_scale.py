@@ -21,10 +21,10 @@ Printed with one thread, on a machine that others kept busy (processor time is w
     8,000,000 2,000,000   358,222       2313      567        70.8          1.85
     10,000,000 2,500,000   442,602       1877      772        77.2          2.03
 
-So 40 s of fitting and 65 to 73 s for a million rows. Since then a row is compared with the 4,096 rows
-of its cluster before it, not with those of its piece of 4,096 only, which finds what lay astride a
-cut and is up to twice the work where clusters are larger than that; files are read by smaller
-ranges, and near ties of k-means are decided in float64:
+So 40 s of fitting and 65 to 73 s for a million rows. Since then a row is compared with the 4,096
+rows of its cluster before it, not with those of its piece of 4,096 only, which finds what lay
+astride a cut and is up to twice the work where clusters are larger than that; files are read by
+smaller ranges, and near ties of k-means are decided in float64:
 
     10,000,000 2,500,000   470,448       1745     1879       187.9          1.49
 
