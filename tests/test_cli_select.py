@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from sklearn.datasets import load_digits
 import secateurs as sc
 from secateurs.cli import main
 from secateurs.selection.result import read_selection
+from secateurs.state import Tree
 from secateurs.workspace import Workspace
 
 pa = pytest.importorskip("pyarrow")
@@ -149,9 +151,9 @@ def test_a_refusal_at_the_end_leaves_the_work_to_go_on_from(rows: Path, tmp_path
     assert len(done) > 4
     fitted: list[str] = []
 
-    def once(self: Workspace, name: str, compute: object) -> object:
+    def once(self: Workspace, name: str, compute: Callable[[], Tree]) -> Tree:
         fitted.extend([name] if not self.has(name) else [])
-        return plain(self, name, compute)  # type: ignore[arg-type]
+        return plain(self, name, compute)
 
     plain = Workspace.once
     with pytest.MonkeyPatch.context() as patch:

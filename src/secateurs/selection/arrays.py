@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -59,7 +59,7 @@ class Stored:
                 name = about.filename.removesuffix(".npy")
                 told = f"{name} in {path.name}"
                 with archive.open(about) as stream:
-                    shape, dtype = _header(stream, told)  # type: ignore[arg-type]
+                    shape, dtype = _header(stream, told)
                     length = stream.tell()
                 start = None
                 if about.compress_type == zipfile.ZIP_STORED:
@@ -87,7 +87,7 @@ class Stored:
         return np.concatenate(list(self.blocks(first, rows, max(rows, 1))))
 
     @contextmanager
-    def _stream(self, offset: int) -> Iterator[BinaryIO]:
+    def _stream(self, offset: int) -> Iterator[IO[bytes]]:
         """Bytes from an offset into the values; not mapped, so that they leave no pages behind."""
         if self.start is not None:
             with open(self.path, "rb") as file:
@@ -95,12 +95,12 @@ class Stored:
                 yield file
             return
         with zipfile.ZipFile(self.path) as archive, archive.open(str(self.member)) as stream:
-            _header(stream, self.name)  # type: ignore[arg-type]
+            _header(stream, self.name)
             stream.seek(offset, 1)  # unpacks what is before
-            yield stream  # type: ignore[misc]
+            yield stream
 
 
-def _header(stream: BinaryIO, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _header(stream: IO[bytes], name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and type of an npy stream, which then stands at its first value.
 
     Raises:
